@@ -1,0 +1,19 @@
+"""HyperQuant for torch.compile: entropy-coded lattice weights at an exact rate, as torchao tensors."""
+
+from . import ops
+from .module import HyperQuantLinear
+from .quantize import HyperQuantWeightConfig, hyperquant_weight
+from .report import QuantizationReport, quantization_report
+from .tensor import HyperQuantTensor
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "HyperQuantLinear",
+    "HyperQuantTensor",
+    "HyperQuantWeightConfig",
+    "QuantizationReport",
+    "hyperquant_weight",
+    "ops",
+    "quantization_report",
+]

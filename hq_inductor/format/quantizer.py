@@ -1,0 +1,85 @@
+"""Quantizer: real coefficients to lattice codes whose Rice code fills a tile's fixed budget.
+
+Definition.  For each tile the finest representable scale `a` such that the code of `nearest_point(x / a)` fits the tile's words; then the
+             stored scale is the representable one nearest to the least-squares factor `<x, e> / <e, e>`, e the embedded codes, which can
+             only lower the squared error and costs no bits.
+Invariants.  What is returned always fits (`hq_inductor.format.rice.wall_code`): two regions, 32 bits per vector, codes within +-127.
+Cost.        About five nearest-point searches per tile: the code length is nearly linear in log(scale), so a Newton step lands within a
+             few scale codes of the boundary.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .lattice import embed, nearest_point
+from .layout import MAX_CODE, MAX_VECTOR_BITS, SCALE_CODES, VECTOR, TileLayout, scale_from_code, scale_to_code
+from .rice import code_lengths, lane_lengths, wall_code
+
+_CODES_PER_OCTAVE = 64
+# a symbol's quotient grows by its own size times ln 2 per octave of scale: 0.65 bits, simulated on N(0, 1) for every lattice and rate
+_BITS_PER_OCTAVE = 0.65
+_MAX_ITERATIONS = 16
+
+
+def _try_scale(x: torch.Tensor, scale_code: torch.Tensor, layout: TileLayout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes `[n, tile]` int8 of `x` at a scale, whether they fit `[n]`, and the unused stream bits `[n]` (negative if too many)."""
+    vectors = (x / scale_from_code(scale_code)[:, None]).unflatten(-1, (-1, VECTOR))
+    # far outside the range the search itself would overflow; such codes never fit
+    codes = nearest_point(vectors.clamp_(-4.0 * MAX_CODE, 4.0 * MAX_CODE), layout.lattice)
+    in_range = codes.abs().amax((-2, -1)) <= MAX_CODE
+    codes = codes.to(torch.int16)
+    bits = code_lengths(codes, layout.lattice, layout.rice_parameter)
+    lane_bits = lane_lengths(bits)
+    _, fits = wall_code(lane_bits, layout)
+    fits &= in_range & (bits.amax(-1) <= MAX_VECTOR_BITS)
+    return codes.flatten(1).to(torch.int8), fits, layout.end - layout.start - lane_bits.sum(-1)
+
+
+def quantize_tiles(x: torch.Tensor, layout: TileLayout, start_rms: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize tiles of coefficients at constant rate.
+
+    Args:
+        x: `[n, tile]` fp32, finite, after the randomized Hadamard transform.
+        layout: lattice, rate and tile.
+        start_rms: root mean square of `x / scale` at which the search starts (`hq_inductor.format.rates`); affects only its speed.
+
+    Returns:
+        Codes `[n, tile]` int8 and representable scales `[n]` fp32.
+
+    Note: on CUDA no host sync; on CPU tiles that are done leave the search early.
+    """
+    n = x.shape[0]
+    start = scale_to_code(x.square().mean(-1).sqrt() / start_rms)
+    codes = torch.zeros_like(x, dtype=torch.int8)
+    best = torch.full_like(start, SCALE_CODES)  # finest scale code known to fit
+    failed = torch.full_like(start, -1)  # coarsest scale code known not to fit
+    trial, stride = start.clone(), torch.full_like(start, _CODES_PER_OCTAVE // 8)
+    rows = torch.arange(n, device=x.device)
+    for _ in range(_MAX_ITERATIONS):
+        if not x.is_cuda:
+            rows = rows[((best[rows] - failed[rows]) > 1) & (best[rows] > 0)]
+            if rows.numel() == 0:
+                break
+        g = trial[rows]
+        tried, fits, slack = _try_scale(x[rows], g, layout)
+        better = fits & (g < best[rows])
+        codes[rows] = torch.where(better[:, None], tried, codes[rows])
+        hi = torch.where(better, g, best[rows])
+        lo = torch.where(fits, failed[rows], torch.maximum(g, failed[rows]))
+        # Newton on the length; a tile that fails with bits to spare (one long vector, a large code) strides outwards instead
+        newton = torch.round(slack * (-_CODES_PER_OCTAVE / (_BITS_PER_OCTAVE * layout.tile))).to(g.dtype)
+        outwards = ~fits & (newton <= 0)
+        newton = torch.where(fits, newton.clamp(max=-1), torch.where(outwards, stride[rows], newton.clamp(min=1)))
+        stride[rows] = torch.where(outwards, 2 * stride[rows], stride[rows])
+        # where the Newton step leaves the bracket, the middle of the bracket
+        guess = g + newton
+        middle = torch.div(lo + hi, 2, rounding_mode="floor")
+        trial[rows] = torch.where((guess > lo) & (guess < hi), guess, middle).clamp(0, SCALE_CODES - 1)
+        best[rows], failed[rows] = hi, lo
+
+    points = embed(codes, layout.lattice)
+    energy = points.square().sum(-1)
+    fitted = (x * points).sum(-1) / energy.clamp(min=1.0)
+    scale = torch.where(energy > 0, fitted, scale_from_code(start))
+    return codes, scale_from_code(scale_to_code(scale))

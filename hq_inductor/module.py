@@ -1,0 +1,134 @@
+"""`HyperQuantLinear`: a linear layer that holds plain tensors and shows a `HyperQuantTensor` as its weight.
+
+Why.  A subclass parameter costs a compiled step 4 to 27 us each (guards and unwrapping, torch 2.11, H200), more than the matmul itself.
+      Here the compiled graph takes `qdata` as an ordinary parameter, while `.weight`, state dicts and torchao see the subclass.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .tensor import HyperQuantTensor, check_layout
+
+
+class HyperQuantLinear(nn.Linear):
+    """A linear layer with an entropy-coded, frozen weight. Made by `quantize_(model, hyperquant_weight(...))` or `from_linear`.
+
+    Attributes:
+        qdata: `[out_features, tiles, words]` int32 parameter without gradient.
+        act_pre_scale: `[in_features]` parameter without gradient, or None.
+        bias: as in `nn.Linear`.
+        weight: the same data as a `HyperQuantTensor`; assigning one replaces the data.
+    """
+
+    qdata: nn.Parameter
+    act_pre_scale: nn.Parameter | None
+
+    def __init__(self, *args, **kwargs):
+        raise TypeError("make a HyperQuantLinear with HyperQuantLinear.from_linear(linear, weight)")
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, weight: HyperQuantTensor) -> HyperQuantLinear:
+        """Turn a linear layer into a quantized one, in place: hooks, bias, training mode and attributes stay.
+
+        Raises:
+            TypeError: `linear` is not exactly an `nn.Linear`. ValueError: `weight` has another shape.
+        """
+        if type(linear) is not nn.Linear:
+            raise TypeError(f"linear must be exactly a torch.nn.Linear, got {type(linear).__name__}")
+        if tuple(weight.shape) != (linear.out_features, linear.in_features):
+            raise ValueError(f"weight must have shape {(linear.out_features, linear.in_features)}, got {tuple(weight.shape)}")
+        del linear._parameters["weight"]
+        linear.__class__ = cls
+        linear._set_weight(weight)
+        return linear
+
+    def _set_weight(self, weight: HyperQuantTensor) -> None:
+        check_layout(weight)
+        for name in ("qdata", "act_pre_scale"):
+            tensor = getattr(weight, name)
+            self._parameters[name] = None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=False)
+        self.weight_dtype = weight.dtype
+        self.bps, self.lattice, self.tile = weight.bps, weight.lattice, weight.tile
+        self.rice_parameter, self.seed, self.format_version = weight.rice_parameter, weight.seed, weight.format_version
+
+    @property
+    def weight(self) -> HyperQuantTensor:
+        return self._face(self.qdata, self.act_pre_scale)
+
+    def _face(self, qdata: torch.Tensor, act_pre_scale: torch.Tensor | None) -> HyperQuantTensor:
+        return HyperQuantTensor(
+            qdata,
+            (self.out_features, self.in_features),
+            self.bps,
+            self.lattice,
+            self.tile,
+            self.rice_parameter,
+            self.seed,
+            self.weight_dtype,
+            format_version=self.format_version,
+            act_pre_scale=act_pre_scale,
+        )
+
+    def __setattr__(self, name: str, value) -> None:
+        if name != "weight":
+            super().__setattr__(name, value)
+        elif isinstance(value, HyperQuantTensor):
+            if tuple(value.shape) != (self.out_features, self.in_features):
+                raise ValueError(f"weight must have shape {(self.out_features, self.in_features)}, got {tuple(value.shape)}")
+            self._set_weight(value)
+        else:
+            raise TypeError(f"weight of a HyperQuantLinear must be a HyperQuantTensor, got {type(value).__name__}")
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return torch.ops.hyperquant.rice_linear(
+            input, self.qdata, self.act_pre_scale, self.bias, self.lattice, self.tile, self.rice_parameter, self.seed
+        )
+
+    def _apply(self, fn, recurse: bool = True):
+        # words have no floating dtype, but `model.half()` is expected to change what `weight.dtype` says
+        converted = fn(torch.empty(0, dtype=self.weight_dtype, device=self.qdata.device)).dtype
+        super()._apply(fn, recurse)
+        self.weight_dtype = converted
+        return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        qdata = destination.pop(prefix + "qdata")
+        destination[prefix + "weight"] = self._face(qdata, destination.pop(prefix + "act_pre_scale", None))
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs) -> None:
+        state_dict, key = dict(state_dict), prefix + "weight"
+        weight = state_dict.pop(key, None)
+        missing: list[str] = []
+        if isinstance(weight, HyperQuantTensor):
+            assign = local_metadata.get("assign_to_params_buffers", False)
+            problem = self._incompatibility(weight, assign)
+            if problem:
+                error_msgs.append(f"{key}: {problem}")
+                weight = self.weight
+            elif assign:
+                self._set_weight(weight)
+            for name in ("qdata", "act_pre_scale"):
+                if getattr(weight, name) is not None:
+                    state_dict[prefix + name] = getattr(weight, name)
+        elif weight is not None:
+            error_msgs.append(f"{key}: expected a HyperQuantTensor, got {type(weight).__name__}; load it before quantize_")
+            state_dict[prefix + "qdata"] = self.qdata
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
+        missing_keys.extend(key if name == prefix + "qdata" else name for name in missing)
+
+    def _incompatibility(self, weight: HyperQuantTensor, assign: bool) -> str | None:
+        """Why `weight` cannot be loaded, or None. `assign` replaces the data, so only the logical shape must agree."""
+        own = self.weight
+        names = ("shape",) if assign else ("shape", "bps", "lattice", "tile", "rice_parameter", "seed")
+        for name in names:
+            if getattr(own, name) != getattr(weight, name):
+                return f"{name} must be {getattr(own, name)}, got {getattr(weight, name)}"
+        if not assign and (own.act_pre_scale is None) != (weight.act_pre_scale is None):
+            return "act_pre_scale must be present in both or in neither"
+        return None
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, bps={self.bps:g}, lattice={self.lattice!r}, tile={self.tile}"

@@ -1,0 +1,16 @@
+"""`torch.ops.hyperquant`: check, allocate, launch. Importing this package registers the ops.
+
+| op                 | from -> to                                                  |
+| `hadamard`         | activations or weights -> randomized Hadamard transform     |
+| `lattice_quantize` | coefficients -> lattice codes and scales at a constant rate |
+| `rice_encode`      | codes and scales -> words                                   |
+| `rice_decode`      | words -> codes and scales                                   |
+| `lattice_dequant`  | codes and scales -> floats                                  |
+| `rice_linear`      | activations, words -> the whole quantized linear layer      |
+
+A tile's layout travels as `(lattice, tile, rice_parameter)`; the number of words is the last dimension of `qdata`.
+"""
+
+from . import decode, encode, hadamard, linear
+
+__all__ = ["decode", "encode", "hadamard", "linear"]

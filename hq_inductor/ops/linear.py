@@ -1,0 +1,148 @@
+"""`hyperquant::rice_linear`: the whole quantized linear layer as one op.
+
+Definition.  `y = RHT(x * act_pre_scale) W_r^T + bias`, W_r the dequantized rotated weight. The RHT is orthogonal, so this is the layer of
+             `W = RHT^-1(W_r) * act_pre_scale`. Products are accumulated in fp32.
+Gradients.   For `x` and `bias`; the weight is frozen. Backward decodes again instead of saving a dequantized weight.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ..format.hadamard import hadamard_block, hadamard_ref
+from ..format.lattice import embed
+from ..format.layout import TileLayout
+from .decode import decode_words
+from .registry import LIBRARY, NAMESPACE, check_floating, check_qdata, register
+
+# rows are decoded in blocks of about this many weights: a float copy of a block stays small beside the packed weight
+_BLOCK_WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 26}
+
+
+
+def _check(x: torch.Tensor, qdata: torch.Tensor, act_pre_scale: torch.Tensor | None, layout: TileLayout, in_features: int) -> None:
+    check_floating("x", x)
+    columns = qdata.shape[1] * layout.tile
+    if not columns - layout.tile < in_features <= columns:
+        raise ValueError(
+            f"x must have between {columns - layout.tile + 1} and {columns} features for qdata of shape {tuple(qdata.shape)}, got {in_features}"
+        )
+    if act_pre_scale is not None and act_pre_scale.shape != (in_features,):
+        raise ValueError(f"act_pre_scale must have shape ({in_features},), got {tuple(act_pre_scale.shape)}")
+
+
+def rotate_activations(
+    x: torch.Tensor, act_pre_scale: torch.Tensor | None, layout: TileLayout, columns: int, seed: int
+) -> torch.Tensor:
+    """`RHT(x * act_pre_scale)` in fp32 (fp64 for fp64 input), `[M, columns]`; missing columns are zeros."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if act_pre_scale is not None:
+        x = x * act_pre_scale
+    x = F.pad(x, (0, columns - x.shape[-1]))
+    return hadamard_ref(x, hadamard_block(layout.tile), seed)
+
+
+def _weight_blocks(qdata: torch.Tensor, layout: TileLayout, dtype: torch.dtype):
+    """Yield (row slice, dequantized rotated weight `[rows, columns]`) block by block."""
+    rows, tiles, _ = qdata.shape
+    step = max(1, _BLOCK_WEIGHTS[qdata.device.type] // (tiles * layout.tile))
+    for begin in range(0, rows, step):
+        block = slice(begin, min(begin + step, rows))
+        codes, scale = decode_words(qdata[block], layout)
+        points = embed(codes, layout.lattice, dtype).unflatten(-1, (-1, layout.tile))
+        yield block, points.mul_(scale[..., None]).flatten(-2)
+
+
+def _rice_linear(
+    x: torch.Tensor,
+    qdata: torch.Tensor,
+    act_pre_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    lattice: str,
+    tile: int,
+    rice_parameter: int,
+    seed: int,
+) -> torch.Tensor:
+    layout = check_qdata(qdata, lattice, tile, rice_parameter)
+    _check(x, qdata, act_pre_scale, layout, x.shape[-1])
+    rows, tiles, _ = qdata.shape
+    rotated = rotate_activations(x.reshape(-1, x.shape[-1]), act_pre_scale, layout, tiles * tile, seed)
+    out = rotated.new_empty((rotated.shape[0], rows))
+    for block, weight in _weight_blocks(qdata, layout, rotated.dtype):
+        out[:, block] = rotated @ weight.t()
+    if bias is not None:
+        out += bias
+    return out.to(x.dtype).view(*x.shape[:-1], rows)
+
+
+def _rice_linear_fake(x, qdata, act_pre_scale, bias, lattice, tile, rice_parameter, seed):
+    layout = check_qdata(qdata, lattice, tile, rice_parameter)
+    _check(x, qdata, act_pre_scale, layout, x.shape[-1])
+    return x.new_empty((*x.shape[:-1], qdata.shape[0]))
+
+
+register(
+    "rice_linear(Tensor x, Tensor qdata, Tensor? act_pre_scale, Tensor? bias, str lattice, int tile, int rice_parameter, int seed) -> Tensor",
+    _rice_linear_fake,
+    CPU=_rice_linear,
+    CUDA=_rice_linear,
+)
+
+
+def _rice_linear_backward(
+    grad: torch.Tensor,
+    qdata: torch.Tensor,
+    act_pre_scale: torch.Tensor | None,
+    lattice: str,
+    tile: int,
+    rice_parameter: int,
+    seed: int,
+    in_features: int,
+) -> torch.Tensor:
+    layout = check_qdata(qdata, lattice, tile, rice_parameter)
+    rows, tiles, _ = qdata.shape
+    flat = grad.reshape(-1, rows).to(torch.promote_types(grad.dtype, torch.float32))
+    rotated = flat.new_zeros((flat.shape[0], tiles * tile))
+    for block, weight in _weight_blocks(qdata, layout, flat.dtype):
+        rotated.addmm_(flat[:, block], weight)
+    out = hadamard_ref(rotated, hadamard_block(tile), seed, inverse=True)[:, :in_features]
+    if act_pre_scale is not None:
+        out = out * act_pre_scale
+    return out.to(grad.dtype).reshape(*grad.shape[:-1], in_features).contiguous()
+
+
+def _rice_linear_backward_fake(grad, qdata, act_pre_scale, lattice, tile, rice_parameter, seed, in_features):
+    layout = check_qdata(qdata, lattice, tile, rice_parameter)
+    _check(grad, qdata, act_pre_scale, layout, in_features)
+    return grad.new_empty((*grad.shape[:-1], in_features))
+
+
+register(
+    "rice_linear_backward(Tensor grad, Tensor qdata, Tensor? act_pre_scale, str lattice, int tile, int rice_parameter, int seed, "
+    "int in_features) -> Tensor",
+    _rice_linear_backward_fake,
+    CPU=_rice_linear_backward,
+    CUDA=_rice_linear_backward,
+)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, qdata, act_pre_scale, _, ctx.lattice, ctx.tile, ctx.rice_parameter, ctx.seed = inputs
+    ctx.in_features = x.shape[-1]
+    ctx.save_for_backward(qdata, act_pre_scale)
+
+
+def _backward(ctx, grad: torch.Tensor):
+    qdata, act_pre_scale = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = torch.ops.hyperquant.rice_linear_backward(
+            grad, qdata, act_pre_scale, ctx.lattice, ctx.tile, ctx.rice_parameter, ctx.seed, ctx.in_features
+        )
+    if ctx.needs_input_grad[3]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+    return grad_x, None, None, grad_bias, None, None, None, None
+
+
+torch.library.register_autograd(f"{NAMESPACE}::rice_linear", _backward, setup_context=_setup_context, lib=LIBRARY)

