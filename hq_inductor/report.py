@@ -53,7 +53,9 @@ class QuantizationReport:
             f"{w.name:{width}}  {'x'.join(map(str, w.shape)):>14}  {w.size_bytes:>12,}  {w.bits_per_weight:>11.4f}  {w.form}"
             for w in self.weights
         ]
-        lines.append(f"{len(self.quantized)} of {len(self.weights)} quantized, {self.size_bytes:,} bytes, {self.bits_per_weight:.4f} bits/weight")
+        lines.append(
+            f"{len(self.quantized)} of {len(self.weights)} quantized, {self.size_bytes:,} bytes, {self.bits_per_weight:.4f} bits/weight"
+        )
         return "\n".join(lines)
 
 

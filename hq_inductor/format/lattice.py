@@ -8,8 +8,9 @@ Definition.  A lattice point is stored as small integers (*codes*, eight per vec
              | d4      | 4-vectors with even sum                          | codes              | 2 / 4 dims           |
              | e8      | 2 E8: 8-vectors of one parity, sum = 0 mod 4     | codes              | 256 / 8 dims         |
 
-             *Symbols* `s` are what the Rice coder sees. z, d4: the codes. a2: `(n_y, (n_x - (n_y & 1)) / 2)`, a bijection. e8: `(codes - c) / 2`
-             with the coset bit `c = codes[0] & 1`, whose sum is even. The even sums of e8 (per 8) and d4 (per 4) imply one bit each, which
+             *Symbols* `s` are what the Rice coder sees. z, d4: the codes. a2: `(n_y, (n_x - (n_y & 1)) / 2)`, a bijection.
+             e8: `(codes - c) / 2` with the coset bit `c = codes[0] & 1`, whose sum is even. The even sums of e8 (per 8) and d4 (per
+             4) imply one bit each, which
              bit-stripping leaves out (`hq_inductor.format.rice`).
 Source.      Conway and Sloane, Fast quantizing and decoding algorithms for lattice quantizers and codes, 1982 (nearest points);
              HyperQuant, arXiv 2606.23406 (bit-stripping).

@@ -29,11 +29,11 @@ Storage.     words = [ raw plane | stream plane ]
              Each lane writes the unary codes (q zeros, then a one) of its `tile / 4` symbols in the direction of its arrow. Two lanes share
              a region from both ends, so neither start offsets nor a fixed quarter each have to be paid for; unused bits are zero.
 
-Invariants.  Encoders guarantee: the eight unary codes of a vector take at most 32 bits (one funnel-shifted word holds a vector); codes lie in
-             [-127, 127]. Decoders may rely on neither for memory safety.
+Invariants.  Encoders guarantee: the eight unary codes of a vector take at most 32 bits (one funnel-shifted word holds a vector);
+             codes lie in [-127, 127]. Decoders may rely on neither for memory safety.
 
-Cost.        16 header bits per tile: 0.031 bits per weight at tile 512. Measured on N(0, 1) at 4 bps, tile 512: the movable wall loses under
-             0.01 dB against one serial stream; four fixed quarters would lose 0.55 dB.
+Cost.        16 header bits per tile: 0.031 bits per weight at tile 512. Measured on N(0, 1) at 4 bps, tile 512: the movable wall
+             loses under 0.01 dB against one serial stream; four fixed quarters would lose 0.55 dB.
 
 Source.      HyperQuant, arXiv 2606.23406 (Rice coding and bit-stripping). Differs in: constant rate per tile, split planes, four lanes.
 """

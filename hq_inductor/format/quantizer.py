@@ -54,7 +54,7 @@ def quantize_tiles(x: torch.Tensor, layout: TileLayout, start_rms: float) -> tup
     codes = torch.zeros_like(x, dtype=torch.int8)
     best = torch.full_like(start, SCALE_CODES)  # finest scale code known to fit
     failed = torch.full_like(start, -1)  # coarsest scale code known not to fit
-    trial, stride = start.clone(), torch.full_like(start, _CODES_PER_OCTAVE // 8)
+    trial, stride = start.clone(), torch.ones_like(start)
     rows = torch.arange(n, device=x.device)
     for _ in range(_MAX_ITERATIONS):
         if not x.is_cuda:
@@ -67,11 +67,11 @@ def quantize_tiles(x: torch.Tensor, layout: TileLayout, start_rms: float) -> tup
         codes[rows] = torch.where(better[:, None], tried, codes[rows])
         hi = torch.where(better, g, best[rows])
         lo = torch.where(fits, failed[rows], torch.maximum(g, failed[rows]))
-        # Newton on the length; a tile that fails with bits to spare (one long vector, a large code) strides outwards instead
+        # Newton on the length. Its failures stride outwards, for tiles that need more than bits (one long vector, a large code) or whose
+        # length is all steps (one outlier, spread evenly by the transform)
         newton = torch.round(slack * (-_CODES_PER_OCTAVE / (_BITS_PER_OCTAVE * layout.tile))).to(g.dtype)
-        outwards = ~fits & (newton <= 0)
-        newton = torch.where(fits, newton.clamp(max=-1), torch.where(outwards, stride[rows], newton.clamp(min=1)))
-        stride[rows] = torch.where(outwards, 2 * stride[rows], stride[rows])
+        newton = torch.where(fits, newton.clamp(max=-1), torch.maximum(newton, stride[rows]))
+        stride[rows] = torch.where(fits, stride[rows], 2 * stride[rows])
         # where the Newton step leaves the bracket, the middle of the bracket
         guess = g + newton
         middle = torch.div(lo + hi, 2, rounding_mode="floor")

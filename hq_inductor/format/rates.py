@@ -25,9 +25,7 @@ def check_rate(bps: float, lattice: str) -> None:
     if isinstance(bps, bool) or not isinstance(bps, (int, float)):
         raise TypeError(f"bps must be a number, got {type(bps).__name__}")
     if not MIN_BPS[lattice] <= bps <= MAX_BPS or (8 * bps) % 1:
-        raise ValueError(
-            f"bps must be a multiple of 1/8 from {MIN_BPS[lattice]} to {MAX_BPS} for lattice {lattice!r}, got {bps}"
-        )
+        raise ValueError(f"bps must be a multiple of 1/8 from {MIN_BPS[lattice]} to {MAX_BPS} for lattice {lattice!r}, got {bps}")
 
 
 def check_tile(tile: int | None) -> None:
@@ -45,7 +43,8 @@ def choose_tile(in_features: int, bps: float) -> int:
     columns = -(-in_features // GROUP) * GROUP
     tiles = [tile for tile in range(GROUP, min(columns, MAX_TILE) + 1, GROUP) if columns % tile == 0]
     whole = [tile for tile in tiles if (tile * bps) % 32 == 0] or tiles
-    return min((tile for tile in whole if tile >= PREFERRED_TILE), default=max(whole))
+    large = [tile for tile in whole if tile >= PREFERRED_TILE]
+    return min(large) if large else max(whole)
 
 
 def start_rms(bps: float, lattice: str) -> float:

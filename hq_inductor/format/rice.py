@@ -1,11 +1,13 @@
 """The split-plane Rice code of a tile: symbols to bits and back.
 
-Definition.  With sign `g = s < 0` and one's-complement magnitude `m = s ^ -g`, Rice parameter k >= 1 writes the quotient `q = m >> (k - 1)` in
-             unary (q zeros and a one) into the stream plane, and k raw bits, g and the k - 1 low bits of m, into the raw plane. The length,
+Definition.  With sign `g = s < 0` and one's-complement magnitude `m = s ^ -g`, Rice parameter k >= 1 writes the quotient `q = m >> (k - 1)`
+             in unary (q zeros and a one) into the stream plane, and k raw bits, g and the k - 1 low bits of m, into the raw plane.
+             The length,
              `q + 1 + k`, is that of Rice(k) on the zigzag value `2 m + g`. k = 0 writes the zigzag value itself in unary and no raw bits.
              Bit-stripping: where the lattice fixes the parity of a sum of symbols, one raw bit per sum is not stored (k >= 1: the bit of
              `layout.implied_plane` of the last symbol), or the last symbol is halved (k = 0): `(s - parity) / 2`.
-Storage.     `hq_inductor.format.layout`. This file is the specification; the fast paths in `hq_inductor.ops` are tested against it bit for bit.
+Storage.     `hq_inductor.format.layout`. This file is the specification; the fast paths in `hq_inductor.ops` are tested
+             against it bit for bit.
 Source.      Rice, 1979; HyperQuant, arXiv 2606.23406 (bit-stripping). Differs in: split planes, four lanes, constant rate.
 """
 
@@ -199,9 +201,7 @@ def _read_stream(stream: torch.Tensor, wall: torch.Tensor, layout: TileLayout) -
     n, device = stream.shape[0], stream.device
     shift = torch.arange(31, -1, -1, device=device, dtype=torch.int32)
     bits = ((stream[:, :, None] >> shift) & 1).to(torch.uint8).flatten(1)
-    cursor = torch.stack(
-        (torch.full_like(wall, layout.start), wall - 1, wall, torch.full_like(wall, layout.end - 1)), dim=1
-    )  # [n, 4]
+    cursor = torch.stack((torch.full_like(wall, layout.start), wall - 1, wall, torch.full_like(wall, layout.end - 1)), dim=1)  # [n, 4]
     direction = torch.tensor((1, -1, 1, -1), device=device)
     offset = torch.arange(MAX_VECTOR_BITS, device=device)
     count = torch.arange(VECTOR, device=device, dtype=torch.uint8)

@@ -31,7 +31,5 @@ def _backward(ctx, grad: torch.Tensor):
     return torch.ops.hyperquant.hadamard(grad, ctx.block, ctx.seed, not ctx.inverse), None, None, None
 
 
-register(
-    "hadamard(Tensor x, int block, int seed=0, bool inverse=False) -> Tensor", _hadamard_fake, CPU=_hadamard, CUDA=_hadamard
-)
+register("hadamard(Tensor x, int block, int seed=0, bool inverse=False) -> Tensor", _hadamard_fake, CPU=_hadamard, CUDA=_hadamard)
 torch.library.register_autograd(f"{NAMESPACE}::hadamard", _backward, setup_context=_setup_context, lib=LIBRARY)

@@ -20,21 +20,19 @@ from .registry import LIBRARY, NAMESPACE, check_floating, check_qdata, register
 _BLOCK_WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 
-
 def _check(x: torch.Tensor, qdata: torch.Tensor, act_pre_scale: torch.Tensor | None, layout: TileLayout, in_features: int) -> None:
     check_floating("x", x)
     columns = qdata.shape[1] * layout.tile
     if not columns - layout.tile < in_features <= columns:
         raise ValueError(
-            f"x must have between {columns - layout.tile + 1} and {columns} features for qdata of shape {tuple(qdata.shape)}, got {in_features}"
+            f"x must have between {columns - layout.tile + 1} and {columns} features for qdata of shape "
+            f"{tuple(qdata.shape)}, got {in_features}"
         )
     if act_pre_scale is not None and act_pre_scale.shape != (in_features,):
         raise ValueError(f"act_pre_scale must have shape ({in_features},), got {tuple(act_pre_scale.shape)}")
 
 
-def rotate_activations(
-    x: torch.Tensor, act_pre_scale: torch.Tensor | None, layout: TileLayout, columns: int, seed: int
-) -> torch.Tensor:
+def rotate_activations(x: torch.Tensor, act_pre_scale: torch.Tensor | None, layout: TileLayout, columns: int, seed: int) -> torch.Tensor:
     """`RHT(x * act_pre_scale)` in fp32 (fp64 for fp64 input), `[M, columns]`; missing columns are zeros."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     if act_pre_scale is not None:
@@ -83,7 +81,8 @@ def _rice_linear_fake(x, qdata, act_pre_scale, bias, lattice, tile, rice_paramet
 
 
 register(
-    "rice_linear(Tensor x, Tensor qdata, Tensor? act_pre_scale, Tensor? bias, str lattice, int tile, int rice_parameter, int seed) -> Tensor",
+    "rice_linear(Tensor x, Tensor qdata, Tensor? act_pre_scale, Tensor? bias, str lattice, int tile, int rice_parameter, "
+    "int seed) -> Tensor",
     _rice_linear_fake,
     CPU=_rice_linear,
     CUDA=_rice_linear,

@@ -42,9 +42,7 @@ def check_codes(codes: torch.Tensor, scale: torch.Tensor, lattice: str) -> int:
     if scale.dtype != torch.float32:
         raise TypeError(f"scale must be float32, got {scale.dtype}")
     if codes.dim() != 2 or scale.dim() != 2 or codes.shape[0] != scale.shape[0]:
-        raise ValueError(
-            f"codes must be [N, K] and scale [N, K / tile], got shapes {tuple(codes.shape)} and {tuple(scale.shape)}"
-        )
+        raise ValueError(f"codes must be [N, K] and scale [N, K / tile], got shapes {tuple(codes.shape)} and {tuple(scale.shape)}")
     tiles = scale.shape[1]
     if tiles == 0 or codes.shape[1] % tiles:
         raise ValueError(f"columns of codes must be a multiple of those of scale, got {codes.shape[1]} and {tiles}")
