@@ -134,7 +134,7 @@ class HyperQuantTensor(TorchAOBaseTensor):
         )
 
     def __tensor_flatten__(self):
-        # written out because torch 2.11 calls it for every parameter and step; the generic one costs 6 times as much
+        # written out because torch 2.11 calls it for every parameter and step, and the generic one looks every list up again
         names = ["qdata"] if self.act_pre_scale is None else ["qdata", "act_pre_scale"]
         return names, {
             "shape": self.shape,

@@ -37,6 +37,6 @@ def test_imports_point_down(path):
         assert floor(other) <= floor(own), f"{own} imports {other}"
 
 
-def test_import_touches_no_device():
+def test_no_environment_switches():
     source = "".join(path.read_text() for path in ROOT.rglob("*.py"))
     assert "os.environ" not in source

@@ -17,7 +17,7 @@ from .layout import MAX_CODE, MAX_VECTOR_BITS, SCALE_CODES, VECTOR, TileLayout, 
 from .rice import code_lengths, lane_lengths, wall_code
 
 _CODES_PER_OCTAVE = 64
-# a symbol's quotient grows by its own size times ln 2 per octave of scale: 0.65 bits, simulated on N(0, 1) for every lattice and rate
+# stream bits per symbol and octave of scale, about ln 2 times the mean quotient: an estimate; it decides only how many steps are taken
 _BITS_PER_OCTAVE = 0.65
 _MAX_ITERATIONS = 16
 

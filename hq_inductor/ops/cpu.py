@@ -16,7 +16,7 @@ from ..format.layout import GROUP, HEADER_BITS, LANES, MAX_VECTOR_BITS, VECTOR, 
 from ..format.rice import decode_tiles, read_header
 
 _ONES = 0x01010101
-# tiles are decoded in blocks of about this many weights: the working set stays in the second-level cache
+# tiles are decoded in blocks of about this many weights, which bounds the working set
 _BLOCK_WEIGHTS = 1 << 17
 
 
