@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -74,8 +75,13 @@ def rotate_quantize_kernel(
     SEED: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     LATTICE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Program (m, t): one tile of one row."""
+    if PDL:
+        # the linear kernel may start on its tables and weights; what it reads of ours it waits for, as we do for what comes before
+        gdc_launch_dependents()
+        gdc_wait()
     m = tl.program_id(0)
     t = tl.program_id(1)
     if (m == 0) & (t == 0):
