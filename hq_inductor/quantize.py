@@ -11,6 +11,7 @@ from torch import nn
 from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
 from torchao.quantization.transform_module import register_quantize_module_handler
 
+from .format.mma import check_mma
 from .format.rates import MAX_PADDING, check_rate, check_tile, weight_layout
 from .module import HyperQuantLinear
 from .tensor import HyperQuantTensor
@@ -27,6 +28,8 @@ class HyperQuantWeightConfig(AOBaseConfig):
         seed: selects the random signs of the Hadamard transform; layers that share an input should share it.
         balance_columns: divide each weight column by a power of its size, and multiply the activation by it, which lowers the output
             error where columns differ. Adds 16 bits per column (16 / out_features bits per weight).
+        mma: number format of the products: `"auto"` (fastest that is no less accurate than int8), `"int8"`, `"fp8"`, `"bf16"`,
+            `"nvfp4"` or `"mxfp4"`; see `hq_inductor.format.mma`.
         max_padding: layers whose columns need more padding than this share are left alone, with a warning.
 
     Raises:
@@ -39,10 +42,12 @@ class HyperQuantWeightConfig(AOBaseConfig):
     seed: int = 0
     balance_columns: bool = False
     max_padding: float = MAX_PADDING
+    mma: str = "auto"
 
     def __post_init__(self) -> None:
         check_rate(self.bps, self.lattice)
         check_tile(self.tile)
+        check_mma(self.mma)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**31:
             raise ValueError(f"seed must be an integer from 0 to 2**31 - 1, got {self.seed!r}")
         if not isinstance(self.balance_columns, bool):
@@ -58,9 +63,10 @@ def hyperquant_weight(
     seed: int = 0,
     balance_columns: bool = False,
     max_padding: float = MAX_PADDING,
+    mma: str = "auto",
 ) -> HyperQuantWeightConfig:
     """The config for `quantize_(model, hyperquant_weight(bps=4))`; see `HyperQuantWeightConfig`."""
-    return HyperQuantWeightConfig(bps, lattice, tile, seed, balance_columns, max_padding)
+    return HyperQuantWeightConfig(bps, lattice, tile, seed, balance_columns, max_padding, mma)
 
 
 def column_scale(weight: torch.Tensor) -> torch.Tensor:
@@ -101,7 +107,7 @@ def _quantize_module(module: nn.Module, config: HyperQuantWeightConfig, *, param
         warnings.warn(f"{module}: {parameter_name} left unquantized: {reason}", stacklevel=2)
         return module
     scale = column_scale(weight) if config.balance_columns else None
-    packed = HyperQuantTensor.from_hp(weight, config.bps, config.lattice, config.tile, config.seed, scale)
+    packed = HyperQuantTensor.from_hp(weight, config.bps, config.lattice, config.tile, config.seed, scale, config.mma)
     if type(module) is nn.Linear and parameter_name == "weight":
         return HyperQuantLinear.from_linear(module, packed)
     setattr(module, parameter_name, nn.Parameter(packed, requires_grad=False))

@@ -126,6 +126,12 @@ class TileLayout:
         return (self.classes << (self.rice_parameter - 1)) - 1
 
     @property
+    def largest_value(self) -> float:
+        """Largest magnitude of a coordinate at scale 1 that the code can hold."""
+        m = self.max_magnitude + 1
+        return float(2 * m if self.lattice in ("e8", "a2") else m)
+
+    @property
     def shift(self) -> int:
         """Bits of a code (not symbol) below the quotient."""
         return self.rice_parameter - (self.lattice != "e8")

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+# largest batch for which "auto" takes the fused kernel: beyond it, decoding for a library product is faster
+# (measured, H200, 2026-11-24: benchmarks/README.md)
+FUSED_BATCH = 32
 # rows of a warp, columns of an MMA
 WARP_ROWS = 16
 MMA_COLUMNS = 8
@@ -49,6 +52,12 @@ def multiprocessors(device: torch.device) -> int:
 @functools.lru_cache(maxsize=32)
 def dependent_launch(device: torch.device) -> bool:
     """Whether kernels on the device can start before the kernel before them ends (programmatic dependent launch)."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@functools.lru_cache(maxsize=32)
+def fp8_products(device: torch.device) -> bool:
+    """Whether the device multiplies e4m3 with one scale per row (`torch._scaled_mm`)."""
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 

@@ -43,7 +43,17 @@ def round_to_even(x):
 
 
 @triton.jit
-def rotate(x_ptr, pre_scale_ptr, t, in_features, TILE: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, SEED: tl.constexpr, HAS_SCALE: tl.constexpr):
+def rotate(
+    x_ptr,
+    pre_scale_ptr,
+    t,
+    in_features,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    SEED: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+):
     """RHT of tile `t` of the row at `x_ptr`: fp32 `[PARTS, BLOCK]`, with its columns and their mask; `PARTS * BLOCK >= TILE`."""
     part = tl.arange(0, PARTS)[:, None]
     place = tl.arange(0, BLOCK)[None, :]

@@ -166,7 +166,9 @@ def decode_kernel(
         if ROW_BYTES > 0:
             wait_copies(lane)
             address = (((address - buffers) ^ (16 * ROW_BYTES)) + buffers).to(tl.int32)
-            stage_stream(words_ptr, strip, tl.minimum(t + 1, end - 1), N, tiles, lane, address - row_address, RAW, WORDS, ROW_BYTES, ALIGNED)
+            stage_stream(
+                words_ptr, strip, tl.minimum(t + 1, end - 1), N, tiles, lane, address - row_address, RAW, WORDS, ROW_BYTES, ALIGNED
+            )
         zero = thread * 0
         scale_u, wall_u = read_header(stream_word(tile_u + RAW, address_u, zero, STREAM, ROW_BYTES), END, WALL_UNIT, 0)
         scale_v, wall_v = read_header(stream_word(tile_v + RAW, address_v, zero, STREAM, ROW_BYTES), END, WALL_UNIT, 0)

@@ -321,9 +321,7 @@ def linear_kernel(
             if ROW_BYTES > 0:
                 wait_copies(lane)
                 address = (((address - buffers) ^ (16 * ROW_BYTES)) + buffers).to(tl.int32)
-                stage_stream(
-                    words_ptr, strip_next, t_next, N, tiles, lane, address - row_address, RAW, WORDS, ROW_BYTES, ALIGNED
-                )
+                stage_stream(words_ptr, strip_next, t_next, N, tiles, lane, address - row_address, RAW, WORDS, ROW_BYTES, ALIGNED)
             # wanted at the end of the tile
             column_ptr = act_scale_ptr + t_now * M_PAD + m0 + 2 * j
             column_scales = ()

@@ -41,7 +41,12 @@ def load_shared(address):
 def copy_async_16(address, pointer):
     """Start to copy 16 bytes from global `pointer` (16-byte aligned) to shared `address`."""
     tl.inline_asm_elementwise(
-        "cp.async.cg.shared.global [$1], [$2], 16; mov.u32 $0, $1;", "=r,r,l", [address, pointer.to(tl.int64)], tl.int32, is_pure=False, pack=1
+        "cp.async.cg.shared.global [$1], [$2], 16; mov.u32 $0, $1;",
+        "=r,r,l",
+        [address, pointer.to(tl.int64)],
+        tl.int32,
+        is_pure=False,
+        pack=1,
     )
 
 
@@ -49,7 +54,12 @@ def copy_async_16(address, pointer):
 def copy_async_4(address, pointer):
     """Start to copy 4 bytes from global `pointer` to shared `address`."""
     tl.inline_asm_elementwise(
-        "cp.async.ca.shared.global [$1], [$2], 4; mov.u32 $0, $1;", "=r,r,l", [address, pointer.to(tl.int64)], tl.int32, is_pure=False, pack=1
+        "cp.async.ca.shared.global [$1], [$2], 4; mov.u32 $0, $1;",
+        "=r,r,l",
+        [address, pointer.to(tl.int64)],
+        tl.int32,
+        is_pure=False,
+        pack=1,
     )
 
 
