@@ -10,6 +10,8 @@ import torch
 # largest batch for which "auto" takes the fused kernel: beyond it, decoding for a library product is faster
 # (measured, H200, 2026-11-24: benchmarks/README.md)
 FUSED_BATCH = 32
+# most registers per thread of the fused kernel by batch columns: what lets 3 or 2 blocks of 8 warps live on a multiprocessor
+REGISTERS = {8: 128, 16: 128, 32: 128, 64: 128}
 # rows of a warp, columns of an MMA
 WARP_ROWS = 16
 MMA_COLUMNS = 8
@@ -69,17 +71,13 @@ def decode_warps(row_bytes: int) -> int:
 @functools.lru_cache(maxsize=4096)
 def linear_launch(batch: int, rows: int, tiles: int, processors: int, row_bytes: int) -> LinearLaunch:
     """Launch for `[batch, K] x [rows, K]^T`, `tiles` tiles per row, `row_bytes` of `hq_inductor.ops.kernels.shared`."""
-    columns = next(c for c in (8, 16, 32, 64) if batch <= c or c == 64)
+    columns = next((c for c in REGISTERS if batch <= c), 32)
     strips = -(-rows // WARP_ROWS)
     num_warps = decode_warps(row_bytes)
-    per_processor, registers = {8: (3, 80), 16: (2, 128), 32: (2, 128), 64: (2, 128)}[columns]
-    if num_warps == 4:
-        per_processor, registers = 4, 128
     column_blocks = -(-batch // columns)
-    warps = max(1, processors * per_processor // column_blocks) * num_warps
-    # one tile per unit keeps multiprocessors level; more batch columns make parts dearer
-    splits = tiles if columns <= 16 else min(tiles, max(1, -(-2 * warps // strips)))
+    # two blocks of 8 warps fit a multiprocessor's registers, four of 4 its shared memory
+    warps = max(1, 16 * processors // column_blocks)
+    # parts cost their sums; too few units leave warps idle
+    splits = min(tiles, max(1, -(-warps // strips)))
     units = strips * splits
-    if units < processors * 8:
-        num_warps = 4
-    return LinearLaunch(columns, splits, max(1, min(warps, units) // num_warps), num_warps, registers)
+    return LinearLaunch(columns, splits, max(1, -(-min(warps, units) // num_warps)), num_warps, REGISTERS[columns])

@@ -1,0 +1,89 @@
+"""Kernels under Triton's interpreter, in a process of its own: `TRITON_INTERPRET=1` must stand before the kernels are imported.
+
+Compares the fused linear layer and the decoder with the specification and fails with an AssertionError. python -m tests.ops.kernels.interpreted
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from hq_inductor import HyperQuantTensor
+from hq_inductor.format.hadamard import hadamard_block, hadamard_ref
+from hq_inductor.format.lattice import embed
+from hq_inductor.format.layout import TileLayout
+from hq_inductor.ops.fused import decode, int8_linear, rotate_quantize
+from hq_inductor.ops.launch import LinearLaunch
+
+ops = torch.ops.hyperquant
+
+# lattice, bps, rows, columns, tile, batch, launch: every Rice parameter, both lengths of stream planes, planes too long for a buffer, units that
+# do not fill the grid, rows that do not fill a strip, parts of unequal length
+CASES = [
+    ("e8", 4.0, 40, 512, None, 3, LinearLaunch(8, 1, 2, 1)),
+    ("e8", 2.0, 17, 384, 128, 9, LinearLaunch(16, 2, 1, 2)),
+    ("e8", 2.5, 20, 256, 256, 1, LinearLaunch(8, 1, 5, 1)),
+    ("e8", 5.0, 20, 256, None, 8, LinearLaunch(8, 1, 1, 1)),
+    ("e8", 6.0, 17, 256, None, 2, LinearLaunch(8, 1, 1, 1)),
+    ("e8", 4.0, 17, 896, 896, 2, LinearLaunch(8, 1, 1, 1)),
+    ("e8", 4.125, 17, 256, None, 2, LinearLaunch(8, 1, 1, 1)),
+    ("d4", 2.0, 20, 256, None, 2, LinearLaunch(8, 1, 1, 1)),
+    ("d4", 4.0, 20, 256, 128, 2, LinearLaunch(8, 2, 2, 1)),
+    ("a2", 3.0, 20, 384, None, 2, LinearLaunch(8, 1, 1, 1)),
+    ("z", 3.0, 20, 256, None, 2, LinearLaunch(8, 1, 1, 1)),
+]
+
+
+def unpack(q: torch.Tensor, scale: torch.Tensor, tile: int) -> torch.Tensor:
+    """Rotated activations `[padded, K]` in fp64 from the kernel's order."""
+    padded = q.shape[1]
+    rows = q.view(-1, padded, 4, 2, 8).permute(1, 0, 3, 2, 4).reshape(padded, -1)
+    return rows.double() * scale.double().t().repeat_interleave(tile, 1)
+
+
+def check_case(lattice: str, bps: float, rows: int, columns: int, tile: int | None, batch: int, launch: LinearLaunch) -> None:
+    weight = HyperQuantTensor.from_hp(torch.randn(rows, columns), bps=bps, lattice=lattice, tile=tile, seed=3)
+    words = weight.qdata
+    layout = TileLayout(lattice, weight.tile, weight.code, words.shape[-1])
+    tiles = words.shape[1]
+    x = torch.randn(batch, columns).to(torch.float16)
+    pre_scale = torch.rand(columns).add_(0.5).to(torch.float16) if bps == 4.0 else None
+    bias = torch.randn(rows).to(torch.float16)
+
+    padded = -(-batch // launch.columns) * launch.columns
+    q, scale, counters = rotate_quantize(x, pre_scale, layout, tiles, 3, padded, 5)
+    assert (counters == 0).all()
+    rotated = hadamard_ref(x.double() * (1 if pre_scale is None else pre_scale.double()), hadamard_block(layout.tile), 3)
+    if lattice == "a2":
+        rotated *= embed(torch.ones(1, columns, dtype=torch.int8), "a2", torch.float64)
+    found = unpack(q, scale, layout.tile)
+    step = scale.double().t().repeat_interleave(layout.tile, 1)
+    assert ((found[:batch] - rotated).abs() <= (0.5 + 1e-4) * step[:batch] + 1e-5).all()
+    assert (found[batch:] == 0).all()
+
+    codes, scales = ops.rice_decode(words, lattice, layout.tile, layout.code)
+    exact = found[:batch] @ (codes.double() * scales.double().repeat_interleave(layout.tile, 1)).t() + bias.double()
+    out = int8_linear(x, words, pre_scale, bias, layout, 3, launch)
+    assert out.shape == (batch, rows)
+    error = (out.double() - exact).abs().max() / exact.abs().max()
+    assert error <= torch.finfo(torch.float16).eps, error
+
+    decoded, decoded_scale = decode(words, layout, torch.int8)
+    assert torch.equal(decoded, codes) and torch.equal(decoded_scale, scales)
+    dense, _ = decode(words, layout, torch.float32)
+    torch.testing.assert_close(dense, ops.lattice_dequant(codes, scales, lattice, torch.float32), rtol=1e-6, atol=0)
+    # any bits: no access out of range (numpy would raise), every element written
+    noise = torch.randint(-(2**31), 2**31, words.shape).to(torch.int32)
+    assert decode(noise, layout, torch.float32)[0].isfinite().all()
+
+
+def main() -> None:
+    assert triton.knobs.runtime.interpret
+    torch.manual_seed(0)
+    for case in CASES:
+        check_case(*case)
+        print("ok", *case)
+
+
+if __name__ == "__main__":
+    main()

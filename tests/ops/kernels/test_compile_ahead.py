@@ -1,0 +1,101 @@
+"""Kernels compile ahead of time for the GPUs people have, on a machine without one; the hot ones without spilled registers."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from hq_inductor.format.rates import weight_layout  # noqa: E402
+from hq_inductor.ops.kernels.activations import rotate_quantize_kernel  # noqa: E402
+from hq_inductor.ops.kernels.decode import decode_kernel  # noqa: E402
+from hq_inductor.ops.kernels.linear import linear_kernel  # noqa: E402
+from hq_inductor.ops.kernels.shared import row_bytes  # noqa: E402
+from hq_inductor.ops.launch import REGISTERS  # noqa: E402
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def compile_ahead(kernel, signature: dict, constants: dict, capability: int, num_warps: int, tmp_path, **options) -> tuple[str, int, int]:
+    """(SASS, registers, static shared memory in bytes)."""
+    signature = {**signature, **dict.fromkeys(constants, "constexpr")}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps, "num_stages": 1, **options}
+    )
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    sass = subprocess.run([TOOLS / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
+    return sass, int(re.search(r"REG:(\d+)", usage)[1]), int(re.search(r"SHARED:(\d+)", usage)[1])
+
+
+def layout_constants(lattice: str, bps: float, plain: bool = False) -> tuple[dict, int]:
+    layout = weight_layout(4096, bps, lattice).tile
+    constants = {
+        "LATTICE": lattice,
+        "K": layout.rice_parameter,
+        "SHIFT": layout.shift if plain else layout.kernel_shift,
+        "LENGTH_PLACE": layout.shift + 3 if plain else layout.kernel_length_place,
+        "TILE": layout.tile,
+        "WORDS": layout.words,
+        "RAW": layout.raw_words,
+        "WALL_UNIT": layout.wall_unit,
+        "ALIGNED": layout.words % 4 == 0,
+        "ROW_BYTES": row_bytes(layout.stream_words),
+    }
+    if not plain:
+        constants["GAIN"] = layout.kernel_shift - layout.shift
+    return constants, 8 if constants["ROW_BYTES"] == 64 else 4
+
+
+@pytest.mark.parametrize(
+    ("capability", "lattice", "bps", "columns"),
+    [(80, "e8", 4.0, 8), (90, "e8", 4.0, 8), (100, "e8", 4.0, 8), (90, "e8", 4.0, 32), (90, "e8", 3.5, 8), (90, "d4", 3.0, 8), (90, "e8", 2.0, 8)],
+)
+def test_linear(capability, lattice, bps, columns, tmp_path):
+    constants, num_warps = layout_constants(lattice, bps)
+    constants |= {"COLUMNS": columns, "SPLIT": True, "HAS_BIAS": True, "NUM_WARPS": num_warps, "PDL": capability >= 90}
+    pointers = {
+        "words_ptr": "*i32",
+        "table_ptr": "*i32",
+        "x_ptr": "*i8",
+        "act_scale_ptr": "*fp32",
+        "bias_ptr": "*bf16",
+        "out_ptr": "*bf16",
+        "partial_ptr": "*fp32",
+        "counter_ptr": "*i32",
+    }
+    scalars = dict.fromkeys(("M", "M_PAD", "N", "tiles", "chunk", "splits"), "i32")
+    sass, registers, shared = compile_ahead(
+        linear_kernel, {**pointers, **scalars}, constants, capability, num_warps, tmp_path, maxnreg=REGISTERS[columns]
+    )
+    assert "IMMA" in sass
+    assert "LDL" not in sass and "STL" not in sass, "spilled registers"
+    assert registers <= REGISTERS[columns] and shared <= 49152 + 1024
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("out", ["i8", "bf16"])
+def test_decode(capability, out, tmp_path):
+    constants, num_warps = layout_constants("e8", 4.0, plain=True)
+    constants |= {"CODES": out == "i8", "ROW_SCALE": False, "NUM_WARPS": num_warps}
+    signature = {"words_ptr": "*i32", "table_ptr": "*i32", "row_scale_ptr": "*fp32", "out_ptr": f"*{out}", "scale_ptr": "*fp32"}
+    sass, _, _ = compile_ahead(decode_kernel, {**signature, "N": "i32", "tiles": "i32"}, constants, capability, num_warps, tmp_path)
+    assert "LDL" not in sass and "STL" not in sass, "spilled registers"
+    assert "STG.E.128" in sass if out == "bf16" else "STG.E.64" in sass
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_rotate_quantize(capability, tmp_path):
+    constants = {"TILE": 512, "BLOCK": 512, "PARTS": 1, "SEED": 0, "HAS_SCALE": True, "LATTICE": "e8", "PDL": capability >= 90}
+    signature = {"x_ptr": "*bf16", "pre_scale_ptr": "*bf16", "q_ptr": "*i8", "act_scale_ptr": "*fp32", "counter_ptr": "*i32"}
+    scalars = dict.fromkeys(("M", "M_PAD", "in_features", "stride_xm", "counters"), "i32")
+    sass, _, _ = compile_ahead(rotate_quantize_kernel, {**signature, **scalars}, constants, capability, 1, tmp_path)
+    assert "LDL" not in sass and "STL" not in sass, "spilled registers"
