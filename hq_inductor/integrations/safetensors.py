@@ -1,8 +1,8 @@
 """Packed state dicts in safetensors files.
 
-Storage.     torchao's layout: the inner tensors of `a.weight` are `a._weight_qdata` and so on, its attributes are JSON in the file's metadata
-             under `a.weight`. So `torchao.prototype.safetensors` and TorchAoConfig of transformers read these files, once this module
-             has been imported. The entry `hyperquant_checksums` holds a CRC-32 per tensor, which they ignore.
+Storage.     torchao's layout: the inner tensors of `a.weight` are `a._weight_qdata` and so on, its attributes are JSON in the file's
+             metadata under `a.weight`. So `torchao.prototype.safetensors` and TorchAoConfig of transformers read these files, once this
+             module has been imported. The entry `hyperquant_checksums` holds a CRC-32 per tensor, which they ignore.
 Invariants.  `PackedCheckpoint.check` reads every byte before anything is loaded: a file that is cut short or damaged, of another format
              version, or of other shapes than the model's is refused while the model is still untouched.
 Cost.        Words are stored as they are: `bits_per_weight` on disk, plus about 300 bytes of JSON per weight.

@@ -112,6 +112,14 @@ class HyperQuantHfQuantizer(TorchAoHfQuantizer):
         # gradients flow to activations, which is what adapters need
         return True
 
+    def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
+        if not super().param_needs_quantization(model, param_name, **kwargs):
+            return False
+        # a pattern of FqnToConfig that matches a block also matches its biases, norms and embeddings
+        module, name = get_module_from_name(model, param_name)
+        parameter = getattr(module, name)
+        return (isinstance(module, nn.Linear) and name == "weight") or (isinstance(parameter, nn.Parameter) and parameter.dim() == 3)
+
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         # the files are opened below: opening them there would come before the errors that say what is wrong
         super()._process_model_before_weight_loading(model, checkpoint_files=None, **kwargs)
