@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
 from torchao.quantization.transform_module import register_quantize_module_handler
 
@@ -90,6 +91,8 @@ def _why_left_alone(in_features: int, config: HyperQuantWeightConfig) -> str | N
 @register_quantize_module_handler(HyperQuantWeightConfig)
 def _quantize_module(module: nn.Module, config: HyperQuantWeightConfig, *, parameter_name: str = "weight") -> nn.Module:
     weight = getattr(module, parameter_name)
+    if isinstance(weight, DTensor):
+        return _quantize_shard(module, config, parameter_name)
     if isinstance(weight, HyperQuantTensor):
         raise ValueError(f"{type(module).__name__}.{parameter_name} is already a HyperQuantTensor; quantize the original weights")
     if not weight.dtype.is_floating_point:
@@ -106,6 +109,20 @@ def _quantize_module(module: nn.Module, config: HyperQuantWeightConfig, *, param
         return HyperQuantLinear.from_linear(module, packed)
     setattr(module, parameter_name, nn.Parameter(packed, requires_grad=False))
     module.extra_repr = types.MethodType(_subclass_extra_repr, module)
+    return module
+
+
+def _quantize_shard(module: nn.Module, config: HyperQuantWeightConfig, parameter_name: str) -> nn.Module:
+    """Quantize each rank's shard of a DTensor parameter by itself; rows, and columns at multiples of the tile, are independent."""
+    weight = getattr(module, parameter_name)
+    shard = nn.Module()
+    shard.register_parameter(parameter_name, nn.Parameter(weight.to_local().detach(), requires_grad=False))
+    packed = getattr(_quantize_module(shard, config, parameter_name=parameter_name), parameter_name)
+    if isinstance(packed, HyperQuantTensor):
+        placed = DTensor.from_local(
+            packed, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
+        )
+        setattr(module, parameter_name, nn.Parameter(placed, requires_grad=False))
     return module
 
 
