@@ -97,15 +97,17 @@ def _quantize_module(module: nn.Module, config: HyperQuantWeightConfig, *, param
         raise ValueError(f"{type(module).__name__}.{parameter_name} is already a HyperQuantTensor; quantize the original weights")
     if not weight.dtype.is_floating_point:
         raise TypeError(f"{type(module).__name__}.{parameter_name} must be floating point, got {weight.dtype}")
-    if weight.dim() != 2:
-        raise ValueError(f"{type(module).__name__}.{parameter_name} must be a matrix, got shape {tuple(weight.shape)}")
-    reason = _why_left_alone(weight.shape[1], config)
+    if weight.dim() not in (2, 3):
+        raise ValueError(f"{type(module).__name__}.{parameter_name} must be a matrix or a stack of them, got shape {tuple(weight.shape)}")
+    if weight.dim() == 3 and config.balance_columns:
+        raise ValueError(f"balance_columns must be False for a stack of matrices ({type(module).__name__}.{parameter_name}), got True")
+    reason = _why_left_alone(weight.shape[-1], config)
     if reason is not None:
         warnings.warn(f"{module}: {parameter_name} left unquantized: {reason}", stacklevel=2)
         return module
     scale = column_scale(weight) if config.balance_columns else None
     packed = HyperQuantTensor.from_hp(weight, config.bps, config.lattice, config.tile, config.seed, scale)
-    if type(module) is nn.Linear and parameter_name == "weight":
+    if type(module) is nn.Linear and parameter_name == "weight" and packed.dim() == 2:
         return HyperQuantLinear.from_linear(module, packed)
     setattr(module, parameter_name, nn.Parameter(packed, requires_grad=False))
     module.extra_repr = types.MethodType(_subclass_extra_repr, module)

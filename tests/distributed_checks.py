@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import sys
 
-import numpy
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -199,18 +198,6 @@ class GatheredBytes:
             setattr(dist, name, original)
 
 
-class ResizableStorages:
-    """`Tensor.numpy()`, with which words are decoded on a CPU, marks storages as not resizable; FSDP2 frees gathered parameters by resizing.
-    `numpy.from_dlpack` shares memory without the mark. On a GPU the ops do not go through numpy."""
-
-    def __enter__(self):
-        self.original = torch.Tensor.numpy
-        torch.Tensor.numpy = lambda tensor: numpy.from_dlpack(tensor.detach())
-
-    def __exit__(self, *exception):
-        torch.Tensor.numpy = self.original
-
-
 def _check_fsdp(face: bool, compiled: bool = False):
     model, x = adapted_model(face)
     twin = copy.deepcopy(model)
@@ -221,7 +208,7 @@ def _check_fsdp(face: bool, compiled: bool = False):
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             assert isinstance(parameter, DTensor), name
-    with ResizableStorages(), GatheredBytes() as gathered:
+    with GatheredBytes() as gathered:
         if compiled:
             model(x)
         found = train(torch.compile(model, backend="aot_eager") if compiled else model, x)
@@ -247,7 +234,7 @@ def check_fsdp2_mixed_precision():
     twin = copy.deepcopy(model)
     for block in (model.up, model.down):
         fully_shard(block, mesh=mesh(), mp_policy=policy)
-    with torch.no_grad(), ResizableStorages():
+    with torch.no_grad():
         exact, found = twin(x), model(x)
     assert (found - exact).norm() / exact.norm() < 0.02
 

@@ -28,7 +28,7 @@ FSDP2 = (
 
 @pytest.mark.parametrize(
     ("ranks", "names"),
-    [(2, FSDP2+TENSOR_PARALLEL), (4, TENSOR_PARALLEL + ("check_uneven_shards_are_refused",))],
+    [(2, FSDP2 + TENSOR_PARALLEL), (4, TENSOR_PARALLEL + ("check_uneven_shards_are_refused",))],
     ids=["2 processes", "4 processes"],
 )
 def test_distributed(tmp_path, ranks, names):
