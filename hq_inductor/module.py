@@ -58,7 +58,9 @@ class HyperQuantLinear(nn.Linear):
 
     @property
     def weight(self) -> HyperQuantTensor:
-        return self._face(self.qdata, self.act_pre_scale)
+        face = self._face(self.qdata, self.act_pre_scale)
+        # a parameter, as of any linear layer: vLLM and peft register it elsewhere; shares the memory of `qdata`
+        return face if torch.compiler.is_compiling() else nn.Parameter(face, requires_grad=False)
 
     def _face(self, qdata: torch.Tensor, act_pre_scale: torch.Tensor | None) -> HyperQuantTensor:
         return HyperQuantTensor(

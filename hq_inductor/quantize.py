@@ -29,6 +29,8 @@ class HyperQuantWeightConfig(AOBaseConfig):
         balance_columns: divide each weight column by a power of its size, and multiply the activation by it, which lowers the output
             error where columns differ. Adds 16 bits per column (16 / out_features bits per weight).
         max_padding: layers whose columns need more padding than this share are left alone, with a warning.
+        check_values: refuse weights with NaN, inf or values too large. False is for servers that make room for packed weights by
+            quantizing uninitialized memory.
 
     Raises:
         ValueError, TypeError: an argument is out of range.
@@ -40,6 +42,7 @@ class HyperQuantWeightConfig(AOBaseConfig):
     seed: int = 0
     balance_columns: bool = False
     max_padding: float = MAX_PADDING
+    check_values: bool = True
 
     def __post_init__(self) -> None:
         check_rate(self.bps, self.lattice)
@@ -48,6 +51,8 @@ class HyperQuantWeightConfig(AOBaseConfig):
             raise ValueError(f"seed must be an integer from 0 to 2**31 - 1, got {self.seed!r}")
         if not isinstance(self.balance_columns, bool):
             raise TypeError(f"balance_columns must be a bool, got {type(self.balance_columns).__name__}")
+        if not isinstance(self.check_values, bool):
+            raise TypeError(f"check_values must be a bool, got {type(self.check_values).__name__}")
         if not self.max_padding >= 0:
             raise ValueError(f"max_padding must be at least 0, got {self.max_padding!r}")
 
@@ -59,9 +64,10 @@ def hyperquant_weight(
     seed: int = 0,
     balance_columns: bool = False,
     max_padding: float = MAX_PADDING,
+    check_values: bool = True,
 ) -> HyperQuantWeightConfig:
     """The config for `quantize_(model, hyperquant_weight(bps=4))`; see `HyperQuantWeightConfig`."""
-    return HyperQuantWeightConfig(bps, lattice, tile, seed, balance_columns, max_padding)
+    return HyperQuantWeightConfig(bps, lattice, tile, seed, balance_columns, max_padding, check_values)
 
 
 def column_scale(weight: torch.Tensor) -> torch.Tensor:
@@ -106,7 +112,7 @@ def _quantize_module(module: nn.Module, config: HyperQuantWeightConfig, *, param
         warnings.warn(f"{module}: {parameter_name} left unquantized: {reason}", stacklevel=2)
         return module
     scale = column_scale(weight) if config.balance_columns else None
-    packed = HyperQuantTensor.from_hp(weight, config.bps, config.lattice, config.tile, config.seed, scale)
+    packed = HyperQuantTensor.from_hp(weight, config.bps, config.lattice, config.tile, config.seed, scale, config.check_values)
     if type(module) is nn.Linear and parameter_name == "weight" and packed.dim() == 2:
         return HyperQuantLinear.from_linear(module, packed)
     setattr(module, parameter_name, nn.Parameter(packed, requires_grad=False))

@@ -100,6 +100,7 @@ class HyperQuantTensor(TorchAOBaseTensor):
         tile: int | None = None,
         seed: int = 0,
         act_pre_scale: torch.Tensor | None = None,
+        check_values: bool = True,
     ) -> HyperQuantTensor:
         """Quantize a weight.
 
@@ -110,6 +111,7 @@ class HyperQuantTensor(TorchAOBaseTensor):
             tile: coefficients per tile, a multiple of 128; None chooses by K and rate (`choose_tile`).
             seed: selects the signs of the randomized Hadamard transform.
             act_pre_scale: `[K]`, positive; the weight is divided by it and activations are multiplied by it. Adds 16 bits per column.
+            check_values: refuse NaN, inf and values too large; False is for memory that has no values yet.
 
         Raises:
             TypeError: `hp_tensor` is not floating point.
@@ -120,7 +122,7 @@ class HyperQuantTensor(TorchAOBaseTensor):
         if not hp_tensor.dtype.is_floating_point:
             raise TypeError(f"weight must be floating point, got {hp_tensor.dtype}")
         if hp_tensor.dim() == 3 and hp_tensor.numel():
-            return cls.from_hp(hp_tensor.flatten(0, 1), bps, lattice, tile, seed, act_pre_scale).view(hp_tensor.shape)
+            return cls.from_hp(hp_tensor.flatten(0, 1), bps, lattice, tile, seed, act_pre_scale, check_values).view(hp_tensor.shape)
         if hp_tensor.dim() != 2 or hp_tensor.numel() == 0:
             raise ValueError(f"weight must be a nonempty matrix [N, K], got shape {tuple(hp_tensor.shape)}")
         rows, columns = hp_tensor.shape
@@ -131,7 +133,8 @@ class HyperQuantTensor(TorchAOBaseTensor):
                 raise ValueError(f"act_pre_scale must have shape ({columns},), got {tuple(act_pre_scale.shape)}")
             act_pre_scale = act_pre_scale.detach().to(torch.bfloat16)
             weight = weight / act_pre_scale.to(torch.float32)
-        _check_values(weight)
+        if check_values:
+            _check_values(weight)
         t = layout.tile
         qdata = _encode(weight, layout, seed)
         return cls(qdata, (rows, columns), float(bps), lattice, t.tile, t.code, seed, hp_tensor.dtype, act_pre_scale=act_pre_scale)

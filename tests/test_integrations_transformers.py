@@ -22,6 +22,8 @@ from transformers import (  # noqa: E402
     BertModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     TorchAoConfig,
     Trainer,
     TrainingArguments,
@@ -355,3 +357,41 @@ def test_torchao_reads_our_files(tmp_path):
         tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
     state, rest = unflatten_tensor_state_dict(tensors, metadata)
     assert not rest and torch.equal(state["a.weight"].qdata, weight.qdata)
+
+
+def mixtral():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 256, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_local_experts": 4}
+    return MixtralForCausalLM(MixtralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, num_experts_per_tok=2))
+
+
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_experts_in_one_parameter(tmp_path, by_layer):
+    mixtral().save_pretrained(tmp_path / "float")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "float", experts_implementation="eager")
+    config = HyperQuantConfig(bps=4)
+    if by_layer:
+        rates = {r"re:.*experts\.(gate_up|down)_proj": hyperquant_weight(bps=4), "_default": hyperquant_weight(bps=4)}
+        config = HyperQuantConfig(quant_type=FqnToConfig(rates))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config)
+    experts = model.model.layers[0].mlp.experts
+    for name in ("gate_up_proj", "down_proj"):
+        packed, original = getattr(experts, name), getattr(dense.model.layers[0].mlp.experts, name)
+        assert isinstance(packed, HyperQuantTensor) and packed.shape == original.shape and not packed.requires_grad
+        assert packed.bits_per_weight == 4
+        assert torch.equal(packed[2].dequantize(), HyperQuantTensor.from_hp(original[2], bps=4).dequantize())
+    report = {w.name: w for w in quantization_report(model).weights}
+    assert report["model.layers.0.mlp.experts.gate_up_proj"].bits_per_weight == 4
+    expected = dense(TOKENS).logits
+    assert 0 < (model(TOKENS).logits - expected).norm() / expected.norm() < 0.3
+    model.save_pretrained(tmp_path / "packed")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert torch.equal(again.model.layers[0].mlp.experts.down_proj.qdata, experts.down_proj.qdata)
+    assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_experts_can_be_kept(tmp_path):
+    mixtral().save_pretrained(tmp_path)
+    config = HyperQuantConfig(bps=4, modules_to_not_convert=[r".*experts", "lm_head"])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    assert type(model.model.layers[0].mlp.experts.down_proj) is nn.Parameter and words(model)

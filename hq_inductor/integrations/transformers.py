@@ -7,21 +7,24 @@ Import this module before loading a packed checkpoint; transformers only warns a
 `TorchAoConfig(hyperquant_weight(bps=4))` of transformers works too (import this module first). What is different here: the files are
 checked, PEFT and the Trainer accept the model, it can be saved again after loading, and linear layers become `HyperQuantLinear`.
 
-Note: tied weights and the output head stay in floating point unless `modules_to_not_convert=[]`; embeddings always do.
+Note: tied weights and the output head stay in floating point unless `modules_to_not_convert=[]`; embeddings always do. Experts stored as
+one 3-D parameter are quantized if their rows are outputs (`is_transposed` false in transformers), and then run one after the other.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from torchao.core.config import AOBaseConfig, config_from_dict
-from torchao.quantization import FqnToConfig
+from torchao.quantization import FqnToConfig, quantize_
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key, revert_weight_conversion
+from transformers.integrations.torchao import TorchAoQuantize
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
-from transformers.quantizers.quantizers_utils import get_module_from_name
+from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils.quantization_config import TorchAoConfig
 
 from ..module import HyperQuantLinear
@@ -96,6 +99,29 @@ class HyperQuantDeserialize(ConversionOps):
         return {full_layer_name: nn.Parameter(checkpoint.weight(name, parts), requires_grad=False)}
 
 
+class HyperQuantQuantize(TorchAoQuantize):
+    """Quantize a parameter as it is read: a linear layer's as torchao does it, a stack of experts in place."""
+
+    def convert(self, input_dict, model=None, full_layer_name=None, missing_keys=None, **kwargs):
+        module, name = get_module_from_name(model, full_layer_name)
+        config = self.hf_quantizer.quantization_config.quant_type
+        if not _is_experts(module, name) or isinstance(config, FqnToConfig):
+            return super().convert(input_dict, model=model, full_layer_name=full_layer_name, missing_keys=missing_keys, **kwargs)
+        (value,) = input_dict.values()
+        module._parameters[name] = nn.Parameter(value[0] if isinstance(value, list) else value, requires_grad=False)
+        quantize_(module, FqnToConfig({name: config}), filter_fn=None)
+        module._parameters[name]._is_hf_initialized = True
+        missing_keys.discard(full_layer_name)
+        return {}
+
+
+def _is_experts(module: nn.Module, name: str) -> bool:
+    """Whether a parameter holds the matrices of all experts as `[E, out, in]`, the way F.linear wants them."""
+    parameter = module._parameters.get(name)
+    # transformers sets the attribute on modules whose experts run through its experts interface
+    return getattr(module, "is_transposed", None) is False and parameter is not None and parameter.dim() == 3
+
+
 @register_quantizer(METHOD)
 class HyperQuantHfQuantizer(TorchAoHfQuantizer):
     """Quantizes while loading, or checks and loads packed weights."""
@@ -113,32 +139,34 @@ class HyperQuantHfQuantizer(TorchAoHfQuantizer):
         return True
 
     def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
-        if not super().param_needs_quantization(model, param_name, **kwargs):
-            return False
-        # a pattern of FqnToConfig that matches a block also matches its biases, norms and embeddings
         module, name = get_module_from_name(model, param_name)
-        parameter = getattr(module, name)
-        return (isinstance(module, nn.Linear) and name == "weight") or (isinstance(parameter, nn.Parameter) and parameter.dim() == 3)
+        if not super().param_needs_quantization(model, param_name, **kwargs):
+            by_layer = isinstance(self.quantization_config.quant_type, FqnToConfig)
+            return not by_layer and _is_experts(module, name) and should_convert_module(param_name, self.modules_to_not_convert)
+        # a pattern of FqnToConfig that matches a block also matches its biases, norms and embeddings
+        return (isinstance(module, nn.Linear) and name == "weight") or _is_experts(module, name)
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         # the files are opened below: opening them there would come before the errors that say what is wrong
         super()._process_model_before_weight_loading(model, checkpoint_files=None, **kwargs)
+        if any(_is_experts(module, name) for module in model.modules() for name in module._parameters):
+            # one expert after the other: the fused kernels want dense stacks
+            model.set_experts_implementation("eager")
         if not self.pre_quantized:
             return
         if not checkpoint_files or not all(str(file).endswith(".safetensors") for file in checkpoint_files):
             raise ValueError(f"a packed checkpoint must consist of safetensors files, got {checkpoint_files}")
         self.checkpoint = PackedCheckpoint(checkpoint_files)
-        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        # a checkpoint of `Model` loads into `ModelForTask` and the other way round
-        prefix = f"{model.base_model_prefix}."
+        parameters = dict(model.named_parameters())
+        renamings = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
         expected = {}
         self.stored_names = {}
         for stored in self.checkpoint.packed:
-            for name in (stored, prefix + stored, stored.removeprefix(prefix)):
-                if name in shapes:
-                    self.stored_names[name] = stored
-                    expected[stored] = shapes[name]
-                    break
+            # old names, and a checkpoint of `Model` for `ModelForTask` or the other way round
+            name, _ = rename_source_key(stored, renamings, [], model.base_model_prefix, parameters)
+            if name in parameters:
+                self.stored_names[name] = stored
+                expected[stored] = parameters[name].shape
         self.checkpoint.check(expected)
         names: dict[str, set[str]] = {}
         for name, entry in self.checkpoint.packed.items():
@@ -150,6 +178,9 @@ class HyperQuantHfQuantizer(TorchAoHfQuantizer):
     @property
     def serialized_names(self) -> dict[str, list[str]]:
         return self._serialized_names if self.pre_quantized else {}
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return HyperQuantQuantize(self)
 
     def get_load_operations(self) -> dict:
         return {"deserialize": HyperQuantDeserialize}
@@ -172,7 +203,7 @@ class HyperQuantHfQuantizer(TorchAoHfQuantizer):
             conversions = get_model_conversion_mapping(model, add_legacy=False)
         # conversions change plain tensors after this
         unchanged = not any(isinstance(conversion, WeightConverter) for conversion in conversions)
-        return flatten_state_dict(model.state_dict(), checksum_plain=unchanged)
+        return flatten_state_dict(_with_stored_names(model), checksum_plain=unchanged)
 
     def _dequantize(self, model, dtype=None):
         for name, module in list(model.named_modules()):
@@ -182,6 +213,23 @@ class HyperQuantHfQuantizer(TorchAoHfQuantizer):
                 linear.bias = module.bias
                 model.set_submodule(name, linear)
         return model
+
+
+def _with_stored_names(model) -> dict[str, torch.Tensor]:
+    """The state dict, packed weights under the names that transformers will give to their inner tensors while saving."""
+    state_dict = model.state_dict()
+    markers = {}
+    for name, tensor in state_dict.items():
+        if isinstance(tensor, HyperQuantTensor):
+            part = tensor.__tensor_flatten__()[0][0]
+            markers[part_key(name, part)] = (torch.empty(0), name, part)
+    reverted = revert_weight_conversion(model, {key: marker for key, (marker, _, _) in markers.items()})
+    stored_keys = {id(marker): key for key, marker in reverted.items()}
+    new_names = {}
+    for marker, name, part in markers.values():
+        module, _, key = stored_keys[id(marker)].rpartition(".")
+        new_names[name] = f"{module}.{key.removeprefix('_').removesuffix('_' + part)}"
+    return {new_names.get(name, name): tensor for name, tensor in state_dict.items()}
 
 
 def _deserializes(conversion) -> bool:
