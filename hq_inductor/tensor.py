@@ -382,6 +382,13 @@ def _(func, types, args, kwargs):
     return torch.stack([linear(x[i], _as_weight(aten.select.int(stack, 0, i))) for i in range(stack.shape[0])])
 
 
+# composite, but it reaches us whole under inference_mode
+@implements(aten.narrow.default)
+def _(func, types, args, kwargs):
+    weight, dim, start, length = args
+    return aten.slice.Tensor(weight, dim, start, start + length)
+
+
 @implements(aten.split.Tensor)
 def _(func, types, args, kwargs):
     weight, length, dim = (*args, kwargs.get("dim", 0))[:3]

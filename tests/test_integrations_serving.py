@@ -18,8 +18,14 @@ def packed_linear(n=64, k=512, **options):
     return linear
 
 
-def test_slice_and_copy():
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_slice_and_copy(mode):
     """torchao's `_test_slice_and_copy_similar_to_vllm`: a rank narrows its parameter and the loaded weight, and copies."""
+    with mode():
+        _check_slice_and_copy()
+
+
+def _check_slice_and_copy():
     linear, loaded = packed_linear(), packed_linear()
     for rank in range(2):
         target = linear.weight.data.narrow(0, 32 * rank, 32)
@@ -68,8 +74,8 @@ def test_chunk_and_cat(shape, transposed):
         weight = weight.transpose(-1, -2)
     for dim in (-1, -2):
         pieces = weight.chunk(2, dim=dim)
-        assert [piece.shape[dim] for piece in pieces] == [weight.shape[dim] // 2] * 2
         joined = torch.cat(pieces, dim=dim)
+        assert [piece.shape[dim] for piece in pieces] == [weight.shape[dim] // 2] * 2
         assert joined.shape == weight.shape and torch.equal(joined.dequantize(), weight.dequantize())
 
 
