@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 from hq_inductor.integrations.peft import hyperquant_lora
 from hq_inductor.integrations.transformers import HyperQuantConfig
 
-CLASSES, LENGTH, BATCH = 6, 24, 24
+LENGTH, BATCH = 24, 24
 
 
 class PlainLora(nn.Module):
@@ -45,7 +45,7 @@ class PlainLora(nn.Module):
         return self.base(x) + self.up(self.down(x)) * self.scaling
 
 
-def sentences_by_module() -> tuple[list[str], list[int], list[str]]:
+def sentences_by_module(count: int) -> tuple[list[str], list[int], list[str]]:
     """First sentences of docstrings, their class, and the names of the modules with the most of them."""
     found: dict[str, dict[str, None]] = collections.defaultdict(dict)
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
@@ -57,8 +57,8 @@ def sentences_by_module() -> tuple[list[str], list[int], list[str]]:
                 summary = (ast.get_docstring(node) or "").split("\n\n")[0].replace("\n", " ").strip()
                 if 20 <= len(summary) <= 200:
                     found[path.stem][summary] = None
-    names = sorted(found, key=lambda name: (-len(found[name]), name))[:CLASSES]
-    pairs = [(text, label) for label, name in enumerate(names) for text in list(found[name])[:120]]
+    names = sorted(found, key=lambda name: (-len(found[name]), name))[:count]
+    pairs = [(text, label) for label, name in enumerate(names) for text in list(found[name])[:90]]
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
     return [pairs[i][0] for i in order], [pairs[i][1] for i in order], names
 
@@ -74,10 +74,12 @@ def add_adapters(model: nn.Module, plain: bool) -> nn.Module:
     return model
 
 
-def run(model: nn.Module, tokens: dict[str, torch.Tensor], labels: torch.Tensor, epochs: int, description: str) -> tuple[float, float]:
+def run(
+    model: nn.Module, tokens: dict[str, torch.Tensor], labels: torch.Tensor, classes: int, epochs: int, description: str
+) -> tuple[float, float]:
     """Train head and adapters on three quarters of the data; loss and accuracy on the rest."""
     torch.manual_seed(0)
-    head = nn.Linear(model.config.hidden_size, CLASSES)
+    head = nn.Linear(model.config.hidden_size, classes)
     trained = [p for p in model.parameters() if p.requires_grad] + list(head.parameters())
     split = len(labels) * 3 // 4
     optimizer = torch.optim.AdamW(trained, lr=3e-3, weight_decay=0.0)
@@ -106,6 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--bps", type=float, default=4.0, help="bits per weight, a multiple of 1/8 (default 4)")
     parser.add_argument("--epochs", type=int, default=2, help="passes over the training data (default 2)")
+    parser.add_argument("--classes", type=int, default=6, help="modules to tell apart (default 6)")
     parser.add_argument("--plain", action="store_true", help="adapters in plain PyTorch instead of peft")
     args = parser.parse_args()
     try:
@@ -114,16 +117,16 @@ def main() -> None:
         parser.error(str(error))
     transformers_logging.disable_progress_bar()
     directory = model_directory()
-    texts, classes, names = sentences_by_module()
+    texts, wanted, names = sentences_by_module(args.classes)
     tokens = dict(
         AutoTokenizer.from_pretrained(directory)(texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
     )
-    labels = torch.tensor(classes)
+    labels = torch.tensor(wanted)
 
     results = {}
     for name, quantization in (("float", None), ("packed", config)):
         model = AutoModel.from_pretrained(directory, dtype=torch.float32, quantization_config=quantization)
-        results[name] = run(add_adapters(model, args.plain), tokens, labels, args.epochs, f"LoRA over {name:6} weights")
+        results[name] = run(add_adapters(model, args.plain), tokens, labels, args.classes, args.epochs, f"LoRA over {name:6} weights")
     ratio = results["packed"][0] / results["float"][0]
     print(f"\n{len(texts)} sentences of {', '.join(names)}; a quarter held back")
     for name, (loss, accuracy) in results.items():

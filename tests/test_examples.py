@@ -22,3 +22,38 @@ def test_transformers_checkpoint():
     assert "37 of 37 linear layers, 10,764,288 weights" in out
     assert "5,382,144 bytes = 4.0000 bits per weight" in out and "identical outputs" in out
     assert int(re.search(r"headers +([\d,]+) bytes", out)[1].replace(",", "")) < 60_000
+
+
+def test_lora():
+    pytest.importorskip("peft")
+    out = run("lora.py")
+    assert 0.9 < float(re.search(r"packed / float loss ([\d.]+)", out)[1]) < 1.02
+
+
+def test_lora_in_plain_pytorch():
+    pytest.importorskip("peft")
+    out = run("lora.py", "--plain", "--epochs", "1", "--classes", "2")
+    assert 0.8 < float(re.search(r"packed / float loss ([\d.]+)", out)[1]) < 1.2
+
+
+def test_qat():
+    pytest.importorskip("transformers", minversion="5")
+    out = run("qat.py")
+    assert "at 3.000 bits per weight" in out
+    assert int(re.search(r"recovered +(-?\d+)%", out)[1]) >= 50
+
+
+def test_diffusion():
+    pytest.importorskip("diffusers")
+    out = run("diffusion.py", "--no-compile", "--steps", "100", "--bps", "4", "2")
+    four, two = (float(psnr) for psnr in re.findall(r"PSNR ([\d.]+) dB to the float model", out))
+    assert four > 28 and four > two + 8
+
+
+def test_distributed():
+    pytest.importorskip("peft")
+    out = run("distributed.py", "--ranks", "2")
+    losses = re.findall(r"losses ([\d., ]+)", out)
+    assert len(losses) == 2 and losses[0] == losses[1]
+    gathered, dense = (int(number.replace(",", "")) for number in re.search(r"gathers ([\d,]+) bytes .* be ([\d,]+)", out).groups())
+    assert gathered < dense / 6

@@ -1,5 +1,9 @@
 """What vLLM and SGLang do with a torchao weight, step by step as in their loading code, and torchao's tests of the same."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -176,6 +180,33 @@ def test_weight_of_the_layer_is_a_parameter():
     assert isinstance(linear, HyperQuantLinear) and isinstance(linear.weight, nn.Parameter)
     assert [name for name, _ in linear.named_parameters()] == ["qdata"]
     assert linear.weight.qdata.data_ptr() == linear.qdata.data_ptr()
+
+
+PLUGIN = """
+import json, sys
+from hq_inductor.integrations.vllm import register
+register()
+from safetensors import safe_open
+from torchao.core.config import config_from_dict
+from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
+with safe_open(sys.argv[1], framework="pt") as file:
+    tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+state, _ = unflatten_tensor_state_dict(tensors, metadata)
+config = config_from_dict(json.loads(sys.argv[2]))
+print(type(state["a.weight"]).__name__, tuple(state["a.weight"].shape), config.bps)
+"""
+
+
+def test_plugin_in_a_process_of_its_own(tmp_path):
+    """A worker that has only loaded the plugin reads config and weights through torchao."""
+    from torchao.core.config import config_to_dict
+
+    from hq_inductor.integrations.safetensors import save_file
+
+    save_file({"a.weight": packed_linear().weight}, tmp_path / "m.safetensors")
+    arguments = [sys.executable, "-c", PLUGIN, str(tmp_path / "m.safetensors"), json.dumps(config_to_dict(CONFIG))]
+    result = subprocess.run(arguments, capture_output=True, text=True)
+    assert result.stdout.split("\n")[0] == "HyperQuantTensor (64, 512) 4", result.stderr
 
 
 # torchao's own versions, which want a GPU
