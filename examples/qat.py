@@ -27,13 +27,13 @@ CONTEXT, BATCH = 64, 16
 
 
 def text() -> torch.Tensor:
-    """Bytes of some standard-library modules, every tenth part held back at the end."""
+    """Bytes of some standard-library modules; the last tenth is held back."""
     source = b"".join(path.read_bytes() for path in sorted(Path(sysconfig.get_path("stdlib")).glob("[a-h]*.py")))
     return torch.frombuffer(bytearray(source), dtype=torch.uint8).long()
 
 
-def batch(data: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    starts = torch.randint(len(data) - CONTEXT, (BATCH,), generator=generator)
+def batch(data: torch.Tensor, generator: torch.Generator, rows: int = BATCH) -> torch.Tensor:
+    starts = torch.randint(len(data) - CONTEXT, (rows,), generator=generator)
     return torch.stack([data[start : start + CONTEXT] for start in starts])
 
 
@@ -53,7 +53,7 @@ def train(model: nn.Module, data: torch.Tensor, steps: int, rate: float, seed: i
 @torch.inference_mode()
 def evaluate(model: nn.Module, data: torch.Tensor) -> float:
     generator = torch.Generator().manual_seed(99)
-    batches = [batch(data, generator) for _ in range(32)]
+    batches = [batch(data, generator, 128) for _ in range(8)]
     return sum(model.eval()(tokens, labels=tokens).loss.item() for tokens in batches) / len(batches)
 
 
@@ -61,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--bps", type=float, default=3.0, help="bits per weight, a multiple of 1/8 (default 3)")
     parser.add_argument("--steps", type=int, default=400, help="steps of pretraining (default 400)")
-    parser.add_argument("--finetune", type=int, default=100, help="steps of fine-tuning (default 100)")
+    parser.add_argument("--finetune", type=int, default=80, help="steps of fine-tuning (default 80)")
     args = parser.parse_args()
     try:
         config = hyperquant_weight(bps=args.bps)
@@ -77,11 +77,11 @@ def main() -> None:
     aware = copy.deepcopy(model)
     train(model, data[:split], args.finetune, 5e-4, 1, "fine-tuning, float    ")
     rounded = copy.deepcopy(model)
-    quantize_(rounded.model, config)
+    quantize_(rounded, config)
 
-    quantize_(aware.model, HyperQuantQATConfig(config))
+    quantize_(aware, HyperQuantQATConfig(config))
     train(aware, data[:split], args.finetune, 5e-4, 1, "fine-tuning, quantized")
-    quantize_(aware.model, QATConfig(config, step="convert"))
+    quantize_(aware, QATConfig(config, step="convert"))
 
     held_back = data[split:]
     exact, after, through = (evaluate(m, held_back) for m in (model, rounded, aware))

@@ -26,21 +26,16 @@ def test_transformers_checkpoint():
 
 def test_lora():
     pytest.importorskip("peft")
-    out = run("lora.py")
+    out = run("lora.py", "--classes", "3")
     assert 0.9 < float(re.search(r"packed / float loss ([\d.]+)", out)[1]) < 1.02
-
-
-def test_lora_in_plain_pytorch():
-    pytest.importorskip("peft")
-    out = run("lora.py", "--plain", "--epochs", "1", "--classes", "2")
-    assert 0.8 < float(re.search(r"packed / float loss ([\d.]+)", out)[1]) < 1.2
 
 
 def test_qat():
     pytest.importorskip("transformers", minversion="5")
-    out = run("qat.py")
-    assert "at 3.000 bits per weight" in out
-    assert int(re.search(r"recovered +(-?\d+)%", out)[1]) >= 50
+    out = run("qat.py", "--bps", "2", "--steps", "120", "--finetune", "40")
+    assert "at 2.000 bits per weight" in out
+    # a shortened run at a low rate, where the differences are large; the default run recovers 78 % at 3 bits
+    assert int(re.search(r"recovered +(-?\d+)%", out)[1]) >= 30
 
 
 def test_diffusion():
