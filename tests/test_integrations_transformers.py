@@ -387,7 +387,11 @@ def test_experts_in_one_parameter(tmp_path, by_layer):
     model.save_pretrained(tmp_path / "packed")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
     assert torch.equal(again.model.layers[0].mlp.experts.down_proj.qdata, experts.down_proj.qdata)
-    assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+    found = again(TOKENS).logits
+    assert torch.equal(found, model(TOKENS).logits)
+    again = again.dequantize()
+    assert type(again.model.layers[0].mlp.experts.down_proj) is nn.Parameter
+    torch.testing.assert_close(again(TOKENS).logits, found, rtol=1e-4, atol=1e-5)
 
 
 def test_experts_can_be_kept(tmp_path):
@@ -395,3 +399,5 @@ def test_experts_can_be_kept(tmp_path):
     config = HyperQuantConfig(bps=4, modules_to_not_convert=[r".*experts", "lm_head"])
     model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
     assert type(model.model.layers[0].mlp.experts.down_proj) is nn.Parameter and words(model)
+    # kept experts keep their kernels, too
+    assert model.config._experts_implementation != "eager"

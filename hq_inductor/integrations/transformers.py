@@ -149,7 +149,9 @@ class HyperQuantHfQuantizer(TorchAoHfQuantizer):
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         # the files are opened below: opening them there would come before the errors that say what is wrong
         super()._process_model_before_weight_loading(model, checkpoint_files=None, **kwargs)
-        if any(_is_experts(module, name) for module in model.modules() for name in module._parameters):
+        if any(
+            _is_experts(*get_module_from_name(model, n)) and self.param_needs_quantization(model, n) for n, _ in model.named_parameters()
+        ):
             # one expert after the other: the fused kernels want dense stacks
             model.set_experts_implementation("eager")
         if not self.pre_quantized:
@@ -212,6 +214,10 @@ class HyperQuantHfQuantizer(TorchAoHfQuantizer):
                 linear.weight = nn.Parameter(module.weight.dequantize(dtype))
                 linear.bias = module.bias
                 model.set_submodule(name, linear)
+                continue
+            for key, parameter in module.named_parameters(recurse=False):
+                if isinstance(parameter, HyperQuantTensor):
+                    module._parameters[key] = nn.Parameter(parameter.dequantize(dtype))
         return model
 
 
