@@ -32,10 +32,10 @@ def test_lora():
 
 def test_qat():
     pytest.importorskip("transformers", minversion="5")
-    out = run("qat.py", "--bps", "2", "--steps", "120", "--finetune", "40")
+    out = run("qat.py", "--bps", "2", "--steps", "60", "--finetune", "25")
     assert "at 2.000 bits per weight" in out
     # a shortened run at a low rate, where the differences are large; the default run recovers 78 % at 3 bits
-    assert int(re.search(r"recovered +(-?\d+)%", out)[1]) >= 30
+    assert int(re.search(r"recovered +(-?\d+)%", out)[1]) >= 20
 
 
 def test_diffusion():
