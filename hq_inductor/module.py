@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .tensor import HyperQuantTensor, check_layout
 
@@ -39,7 +40,9 @@ class HyperQuantLinear(nn.Linear):
             raise TypeError(f"linear must be exactly a torch.nn.Linear, got {type(linear).__name__}")
         if tuple(weight.shape) != (linear.out_features, linear.in_features):
             raise ValueError(f"weight must have shape {(linear.out_features, linear.in_features)}, got {tuple(weight.shape)}")
-        del linear._parameters["weight"]
+        # a parameter, or a plain attribute where a library has put the weight back after deleting the parameter
+        linear._parameters.pop("weight", None)
+        linear.__dict__.pop("weight", None)
         linear.__class__ = cls
         linear._set_weight(weight)
         return linear
@@ -55,7 +58,9 @@ class HyperQuantLinear(nn.Linear):
 
     @property
     def weight(self) -> HyperQuantTensor:
-        return self._face(self.qdata, self.act_pre_scale)
+        face = self._face(self.qdata, self.act_pre_scale)
+        # a parameter, as of any linear layer: vLLM and peft register it elsewhere; shares the memory of `qdata`
+        return face if torch.compiler.is_compiling() else nn.Parameter(face, requires_grad=False)
 
     def _face(self, qdata: torch.Tensor, act_pre_scale: torch.Tensor | None) -> HyperQuantTensor:
         return HyperQuantTensor(
@@ -79,8 +84,19 @@ class HyperQuantLinear(nn.Linear):
             if tuple(value.shape) != (self.out_features, self.in_features):
                 raise ValueError(f"weight must have shape {(self.out_features, self.in_features)}, got {tuple(value.shape)}")
             self._set_weight(value)
+        elif isinstance(value, DTensor) and isinstance(value.to_local(), HyperQuantTensor):
+            self.__delattr__("weight")
+            self.register_parameter("weight", value)
         else:
             raise TypeError(f"weight of a HyperQuantLinear must be a HyperQuantTensor, got {type(value).__name__}")
+
+    def __delattr__(self, name: str) -> None:
+        """Deleting the weight leaves an ordinary linear layer without one, as peft and torchao expect before they assign another."""
+        if name != "weight":
+            return super().__delattr__(name)
+        for key in ("qdata", "act_pre_scale"):
+            del self._parameters[key]
+        self.__class__ = nn.Linear
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return torch.ops.hyperquant.rice_linear(

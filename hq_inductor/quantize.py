@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
 from torchao.quantization.transform_module import register_quantize_module_handler
 
@@ -31,6 +32,8 @@ class HyperQuantWeightConfig(AOBaseConfig):
         mma: number format of the products: `"auto"` (fastest that is no less accurate than int8), `"int8"`, `"fp8"`, `"bf16"`,
             `"nvfp4"` or `"mxfp4"`; see `hq_inductor.format.mma`.
         max_padding: layers whose columns need more padding than this share are left alone, with a warning.
+        check_values: refuse weights with NaN, inf or values too large. False is for servers that make room for packed weights by
+            quantizing uninitialized memory.
 
     Raises:
         ValueError, TypeError: an argument is out of range.
@@ -43,6 +46,7 @@ class HyperQuantWeightConfig(AOBaseConfig):
     balance_columns: bool = False
     max_padding: float = MAX_PADDING
     mma: str = "auto"
+    check_values: bool = True
 
     def __post_init__(self) -> None:
         check_rate(self.bps, self.lattice)
@@ -52,6 +56,8 @@ class HyperQuantWeightConfig(AOBaseConfig):
             raise ValueError(f"seed must be an integer from 0 to 2**31 - 1, got {self.seed!r}")
         if not isinstance(self.balance_columns, bool):
             raise TypeError(f"balance_columns must be a bool, got {type(self.balance_columns).__name__}")
+        if not isinstance(self.check_values, bool):
+            raise TypeError(f"check_values must be a bool, got {type(self.check_values).__name__}")
         if not self.max_padding >= 0:
             raise ValueError(f"max_padding must be at least 0, got {self.max_padding!r}")
 
@@ -64,9 +70,10 @@ def hyperquant_weight(
     balance_columns: bool = False,
     max_padding: float = MAX_PADDING,
     mma: str = "auto",
+    check_values: bool = True,
 ) -> HyperQuantWeightConfig:
     """The config for `quantize_(model, hyperquant_weight(bps=4))`; see `HyperQuantWeightConfig`."""
-    return HyperQuantWeightConfig(bps, lattice, tile, seed, balance_columns, max_padding, mma)
+    return HyperQuantWeightConfig(bps, lattice, tile, seed, balance_columns, max_padding, mma, check_values)
 
 
 def column_scale(weight: torch.Tensor) -> torch.Tensor:
@@ -96,22 +103,42 @@ def _why_left_alone(in_features: int, config: HyperQuantWeightConfig) -> str | N
 @register_quantize_module_handler(HyperQuantWeightConfig)
 def _quantize_module(module: nn.Module, config: HyperQuantWeightConfig, *, parameter_name: str = "weight") -> nn.Module:
     weight = getattr(module, parameter_name)
+    if isinstance(weight, DTensor):
+        return _quantize_shard(module, config, parameter_name)
     if isinstance(weight, HyperQuantTensor):
         raise ValueError(f"{type(module).__name__}.{parameter_name} is already a HyperQuantTensor; quantize the original weights")
     if not weight.dtype.is_floating_point:
         raise TypeError(f"{type(module).__name__}.{parameter_name} must be floating point, got {weight.dtype}")
-    if weight.dim() != 2:
-        raise ValueError(f"{type(module).__name__}.{parameter_name} must be a matrix, got shape {tuple(weight.shape)}")
-    reason = _why_left_alone(weight.shape[1], config)
+    if weight.dim() not in (2, 3):
+        raise ValueError(f"{type(module).__name__}.{parameter_name} must be a matrix or a stack of them, got shape {tuple(weight.shape)}")
+    if weight.dim() == 3 and config.balance_columns:
+        raise ValueError(f"balance_columns must be False for a stack of matrices ({type(module).__name__}.{parameter_name}), got True")
+    reason = _why_left_alone(weight.shape[-1], config)
     if reason is not None:
         warnings.warn(f"{module}: {parameter_name} left unquantized: {reason}", stacklevel=2)
         return module
     scale = column_scale(weight) if config.balance_columns else None
-    packed = HyperQuantTensor.from_hp(weight, config.bps, config.lattice, config.tile, config.seed, scale, config.mma)
-    if type(module) is nn.Linear and parameter_name == "weight":
+    packed = HyperQuantTensor.from_hp(
+        weight, config.bps, config.lattice, config.tile, config.seed, scale, mma=config.mma, check_values=config.check_values
+    )
+    if type(module) is nn.Linear and parameter_name == "weight" and packed.dim() == 2:
         return HyperQuantLinear.from_linear(module, packed)
     setattr(module, parameter_name, nn.Parameter(packed, requires_grad=False))
     module.extra_repr = types.MethodType(_subclass_extra_repr, module)
+    return module
+
+
+def _quantize_shard(module: nn.Module, config: HyperQuantWeightConfig, parameter_name: str) -> nn.Module:
+    """Quantize each rank's shard of a DTensor parameter by itself; rows, and columns at multiples of the tile, are independent."""
+    weight = getattr(module, parameter_name)
+    shard = nn.Module()
+    shard.register_parameter(parameter_name, nn.Parameter(weight.to_local().detach(), requires_grad=False))
+    packed = getattr(_quantize_module(shard, config, parameter_name=parameter_name), parameter_name)
+    if isinstance(packed, HyperQuantTensor):
+        placed = DTensor.from_local(
+            packed, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
+        )
+        setattr(module, parameter_name, nn.Parameter(placed, requires_grad=False))
     return module
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import nn
@@ -15,14 +16,14 @@ class WeightReport:
     """One matrix: its name, logical shape, bytes stored, and whether and how it is quantized."""
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     size_bytes: int
     form: str
     quantized: bool
 
     @property
     def bits_per_weight(self) -> float:
-        return 8 * self.size_bytes / (self.shape[0] * self.shape[1])
+        return 8 * self.size_bytes / math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class QuantizationReport:
     @property
     def bits_per_weight(self) -> float:
         """Bits per weight over the quantized matrices, everything included."""
-        numel = sum(w.shape[0] * w.shape[1] for w in self.quantized)
+        numel = sum(math.prod(w.shape) for w in self.quantized)
         return 8 * self.size_bytes / numel if numel else float("nan")
 
     def __str__(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torchao.utils import TorchAOBaseTensor
@@ -16,14 +18,15 @@ aten = torch.ops.aten
 
 
 class HyperQuantTensor(TorchAOBaseTensor):
-    """A 2-D weight `[N, K]` stored as `qdata` words.
+    """A weight `[N, K]`, or a stack of them `[E, N, K]` (the experts of a layer), stored as `qdata` words.
 
     Tensor attributes:
-        qdata: `[N, tiles, words]` int32, see `hq_inductor.format.layout`. Its bits are all that is stored at `bps`.
+        qdata: `[N, tiles, words]` (stack: `[E, N, tiles, words]`) int32, see `hq_inductor.format.layout`. Its bits are all
+            that is stored at `bps`.
         act_pre_scale: optional `[K]` bf16, multiplies activations; column i of the coded weight was divided by it.
 
     Non-tensor attributes:
-        shape: logical shape, `(N, K)`, or `(K, N)` if `transposed`.
+        shape: logical shape, `(N, K)`, or `(K, N)` if `transposed`; `E` in front for a stack.
         bps: bits per scalar asked for; `bits_per_weight` is what is stored.
         lattice, tile, code: the layout of a tile, together with `words` (`TileLayout`).
         seed: selects the signs of the randomized Hadamard transform.
@@ -104,26 +107,30 @@ class HyperQuantTensor(TorchAOBaseTensor):
         seed: int = 0,
         act_pre_scale: torch.Tensor | None = None,
         mma: str = "auto",
+        check_values: bool = True,
     ) -> HyperQuantTensor:
         """Quantize a weight.
 
         Args:
-            hp_tensor: `[N, K]`, floating point, finite.
+            hp_tensor: `[N, K]` or `[E, N, K]`, floating point, finite.
             bps: bits per scalar, scales included: a multiple of 1/8 from 1.75 (e8; others 2) to 6.
             lattice: `"e8"`, `"d4"`, `"a2"` or `"z"`.
             tile: coefficients per tile, a multiple of 128; None chooses by K and rate (`choose_tile`).
             seed: selects the signs of the randomized Hadamard transform.
             act_pre_scale: `[K]`, positive; the weight is divided by it and activations are multiplied by it. Adds 16 bits per column.
             mma: number format of products with it: `"auto"`, `"int8"`, `"fp8"`, `"bf16"`, `"nvfp4"` or `"mxfp4"`.
+            check_values: refuse NaN, inf and values too large; False is for memory that has no values yet.
 
         Raises:
             TypeError: `hp_tensor` is not floating point.
-            ValueError: `hp_tensor` is not 2-D, is empty, has NaN, inf or values too large; or another argument is out of range.
+            ValueError: `hp_tensor` is not 2-D or 3-D, is empty, has NaN, inf or values too large; or another argument is out of range.
 
         Note: K that is not a multiple of the tile is padded with zero columns, which count in `bits_per_weight`.
         """
         if not hp_tensor.dtype.is_floating_point:
             raise TypeError(f"weight must be floating point, got {hp_tensor.dtype}")
+        if hp_tensor.dim() == 3 and hp_tensor.numel():
+            return cls.from_hp(hp_tensor.flatten(0, 1), bps, lattice, tile, seed, act_pre_scale, check_values).view(hp_tensor.shape)
         if hp_tensor.dim() != 2 or hp_tensor.numel() == 0:
             raise ValueError(f"weight must be a nonempty matrix [N, K], got shape {tuple(hp_tensor.shape)}")
         rows, columns = hp_tensor.shape
@@ -135,7 +142,8 @@ class HyperQuantTensor(TorchAOBaseTensor):
                 raise ValueError(f"act_pre_scale must have shape ({columns},), got {tuple(act_pre_scale.shape)}")
             act_pre_scale = act_pre_scale.detach().to(torch.bfloat16)
             weight = weight / act_pre_scale.to(torch.float32)
-        _check_values(weight)
+        if check_values:
+            _check_values(weight)
         t = layout.tile
         qdata = _encode(weight, layout, seed)
         return cls(qdata, (rows, columns), float(bps), lattice, t.tile, t.code, seed, hp_tensor.dtype, act_pre_scale=act_pre_scale)
@@ -170,11 +178,11 @@ class HyperQuantTensor(TorchAOBaseTensor):
 
     @property
     def in_features(self) -> int:
-        return self.shape[0 if self.transposed else 1]
+        return self.shape[-2 if self.transposed else -1]
 
     @property
     def out_features(self) -> int:
-        return self.shape[1 if self.transposed else 0]
+        return self.shape[-1 if self.transposed else -2]
 
     @property
     def size_bytes(self) -> int:
@@ -192,13 +200,13 @@ class HyperQuantTensor(TorchAOBaseTensor):
     def dequantize(self, output_dtype: torch.dtype | None = None) -> torch.Tensor:
         """The weight as a plain tensor, `self.shape`, in `output_dtype` (default: `self.dtype`)."""
         ops = torch.ops.hyperquant
-        codes, scale = ops.rice_decode(self.qdata, self.lattice, self.tile, self.code)
+        codes, scale = ops.rice_decode(self.qdata.flatten(0, -3), self.lattice, self.tile, self.code)
         rotated = ops.lattice_dequant(codes, scale, self.lattice, torch.float32)
         weight = ops.hadamard(rotated, hadamard_block(self.tile), self.seed, True)[:, : self.in_features]
         if self.act_pre_scale is not None:
             weight = weight * self.act_pre_scale.to(torch.float32)
-        weight = weight.to(output_dtype or self.dtype)
-        return weight.t() if self.transposed else weight.contiguous()
+        weight = weight.to(output_dtype or self.dtype).unflatten(0, self.qdata.shape[:-2])
+        return weight.mT if self.transposed else weight.contiguous()
 
     def __repr__(self, *, tensor_contents=None) -> str:
         return (
@@ -232,6 +240,8 @@ def linear(x: torch.Tensor, weight: HyperQuantTensor, bias: torch.Tensor | None 
     """`F.linear` with a quantized weight: one `hyperquant::rice_linear` on its plain tensors."""
     if weight.transposed:
         raise NotImplementedError("linear with a transposed HyperQuantTensor is not supported; use weight.t() of it")
+    if weight.dim() != 2:
+        raise ValueError(f"weight of linear must be a matrix, got shape {tuple(weight.shape)}; select one of the stack")
     if x.shape[-1] != weight.in_features:
         raise ValueError(f"x must have {weight.in_features} features in its last dimension, got shape {tuple(x.shape)}")
     return torch.ops.hyperquant.rice_linear(
@@ -288,17 +298,28 @@ def _(func, types, args, kwargs):
 @implements(aten.transpose.int)
 def _(func, types, args, kwargs):
     weight, dim0, dim1 = args
-    if dim0 % 2 == dim1 % 2:
+    dims = {dim0 % weight.dim(), dim1 % weight.dim()}
+    if len(dims) == 1:
         return weight._replace()
-    return weight._replace(shape=tuple(reversed(weight.shape)), transposed=not weight.transposed)
+    if dims != {weight.dim() - 2, weight.dim() - 1}:
+        raise NotImplementedError(f"a HyperQuantTensor transposes in its last two dimensions only, got {dim0} and {dim1}")
+    *stack, n, k = weight.shape
+    return weight._replace(shape=(*stack, k, n), transposed=not weight.transposed)
 
 
 @implements([aten.view.default, aten._unsafe_view.default, aten.reshape.default])
 def _(func, types, args, kwargs):
-    weight, shape = args
-    if tuple(shape) not in (tuple(weight.shape), (-1, weight.shape[1]), (weight.shape[0], -1)):
-        raise NotImplementedError(f"a HyperQuantTensor of shape {tuple(weight.shape)} cannot be viewed as {tuple(shape)}")
-    return weight._replace()
+    weight, wanted = args
+    wanted = tuple(wanted)
+    if -1 in wanted:
+        known = math.prod(size for size in wanted if size != -1)
+        wanted = tuple(weight.numel() // known if size == -1 else size for size in wanted)
+    # a flat view is what FSDP2 keeps of a shard: it is never read, so it may as well keep its shape
+    if wanted == tuple(weight.shape) or wanted == (weight.numel(),):
+        return weight._replace()
+    if weight.transposed or len(wanted) not in (2, 3) or wanted[-1] != weight.shape[-1] or math.prod(wanted) != weight.numel():
+        raise NotImplementedError(f"a HyperQuantTensor of shape {tuple(weight.shape)} cannot be viewed as {tuple(args[1])}")
+    return weight._replace(qdata=weight.qdata.reshape(*wanted[:-1], *weight.qdata.shape[-2:]), shape=wanted)
 
 
 @implements(aten._to_copy.default)
@@ -314,23 +335,30 @@ def _(func, types, args, kwargs):
     return weight._replace(qdata=move(weight.qdata), act_pre_scale=move(weight.act_pre_scale), dtype=to["dtype"])
 
 
+def _stored_dim(weight: HyperQuantTensor, dim: int) -> int:
+    """The dimension of `qdata` that a dimension of the face runs along: rows before tiles, transposed or not."""
+    last = weight.dim() - 1
+    return 2 * last - 1 - dim if weight.transposed and dim >= last - 1 else dim
+
+
 @implements(aten.slice.Tensor)
 def _(func, types, args, kwargs):
     weight, dim, start, end, step = (*args, *(0, None, None, 1)[len(args) - 1 :])
-    dim %= 2
+    dim %= weight.dim()
     size = weight.shape[dim]
     start, end, _ = slice(start, end).indices(size)
     if step != 1:
         raise NotImplementedError(f"slices of a HyperQuantTensor need step 1, got {step}")
     shape = list(weight.shape)
     shape[dim] = max(0, end - start)
-    if dim == (1 if weight.transposed else 0):
-        return weight._replace(qdata=aten.slice.Tensor(weight.qdata, 0, start, end), shape=shape)
+    stored = _stored_dim(weight, dim)
+    if stored < weight.dim() - 1:
+        return weight._replace(qdata=aten.slice.Tensor(weight.qdata, stored, start, end), shape=shape)
     if start % weight.tile or (end % weight.tile and end != size):
         raise ValueError(f"columns of a HyperQuantTensor slice at multiples of tile={weight.tile}, got {start}:{end}")
     scale = weight.act_pre_scale
     return weight._replace(
-        qdata=aten.slice.Tensor(weight.qdata, 1, start // weight.tile, -(-end // weight.tile)),
+        qdata=aten.slice.Tensor(weight.qdata, stored, start // weight.tile, -(-end // weight.tile)),
         act_pre_scale=None if scale is None else aten.slice.Tensor(scale, 0, start, end),
         shape=shape,
     )
@@ -340,12 +368,102 @@ def check_layout(weight: HyperQuantTensor) -> None:
     """Raise unless the words have the shape that the attributes say; for tensors that come from outside."""
     layout = tile_layout(weight.lattice, weight.tile, weight.code, int(weight.qdata.shape[-1]))
     tiles = -(-weight.in_features // layout.tile)
-    if tuple(weight.qdata.shape[:2]) != (weight.out_features, tiles):
+    expected = (*weight.shape[:-2], weight.out_features, tiles)
+    if tuple(weight.qdata.shape[:-1]) != expected:
         raise ValueError(
-            f"qdata of a weight of shape {tuple(weight.shape)} must be [{weight.out_features}, {tiles}, {layout.words}], "
+            f"qdata of a weight of shape {tuple(weight.shape)} must be [{', '.join(map(str, expected))}, {layout.words}], "
             f"got {tuple(weight.qdata.shape)}"
         )
 
+
+@implements(aten.select.int)
+def _(func, types, args, kwargs):
+    weight, dim, index = args
+    if weight.dim() != 3 or dim % 3 != 0:
+        raise NotImplementedError(f"a HyperQuantTensor selects only a matrix of a stack, got dim {dim} of shape {tuple(weight.shape)}")
+    return weight._replace(qdata=weight.qdata.select(0, index), shape=weight.shape[1:])
+
+
+@implements(aten.bmm.default)
+def _(func, types, args, kwargs):
+    x, stack = args
+    if not isinstance(stack, HyperQuantTensor) or not stack.transposed:
+        raise NotImplementedError("a HyperQuantTensor can only be the right operand of bmm, and transposed: bmm(x, weight.mT)")
+    return torch.stack([linear(x[i], _as_weight(aten.select.int(stack, 0, i))) for i in range(stack.shape[0])])
+
+
+# composite, but it reaches us whole under inference_mode
+@implements(aten.narrow.default)
+def _(func, types, args, kwargs):
+    weight, dim, start, length = args
+    return aten.slice.Tensor(weight, dim, start, start + length)
+
+
+@implements(aten.split.Tensor)
+def _(func, types, args, kwargs):
+    weight, length, dim = (*args, kwargs.get("dim", 0))[:3]
+    return [aten.slice.Tensor(weight, dim, start, start + length) for start in range(0, weight.shape[dim], length)]
+
+
+@implements(aten.cat.default)
+def _(func, types, args, kwargs):
+    """Join along any dimension; column blocks must be whole tiles, and joined rows must have the same column scales."""
+    weights, dim = (*args, kwargs.get("dim", 0))[:2]
+    first = weights[0]
+    dim %= first.dim()
+    stored, columns = _stored_dim(first, dim), first.dim() - 1
+
+    def attributes(weight: HyperQuantTensor) -> dict:
+        return {**weight.__tensor_flatten__()[1], "shape": [size for d, size in enumerate(weight.shape) if d != dim]}
+
+    if not all(isinstance(weight, HyperQuantTensor) and attributes(weight) == attributes(first) for weight in weights):
+        raise ValueError("HyperQuantTensors must agree in everything but the joined dimension to be concatenated")
+    if stored == columns and any(weight.in_features % weight.tile for weight in weights[:-1]):
+        raise ValueError(f"columns of HyperQuantTensors join at multiples of tile={first.tile}")
+    scales = [weight.act_pre_scale for weight in weights if weight.act_pre_scale is not None]
+    if len(scales) not in (0, len(weights)) or (stored != columns and not all(torch.equal(scale, scales[0]) for scale in scales)):
+        raise ValueError("act_pre_scale must be the same in all HyperQuantTensors that are concatenated")
+    scale = None if not scales else torch.cat(scales) if stored == columns else scales[0]
+    shape = list(first.shape)
+    shape[dim] = sum(weight.shape[dim] for weight in weights)
+    return first._replace(qdata=torch.cat([weight.qdata for weight in weights], stored), act_pre_scale=scale, shape=shape)
+
+
+@implements(aten.new_zeros.default)
+def _(func, types, args, kwargs):
+    """Room for a shard of rows (FSDP2): zero words, the same attributes."""
+    weight, size = args
+    size = tuple(size)
+    if weight.transposed or len(size) != weight.dim() or size[1:] != tuple(weight.shape[1:]):
+        raise NotImplementedError(f"new_zeros of a HyperQuantTensor keeps all but the first of {tuple(weight.shape)}, got {size}")
+    return weight._replace(qdata=weight.qdata.new_zeros((size[0], *weight.qdata.shape[1:])), shape=size)
+
+
+@implements(aten.as_strided.default)
+def _(func, types, args, kwargs):
+    weight, size, stride = args[:3]
+    if tuple(size) != tuple(weight.shape) or tuple(stride) != weight.stride():
+        raise NotImplementedError(f"as_strided of a HyperQuantTensor must keep shape {tuple(weight.shape)}, got {tuple(size)}")
+    return weight._replace()
+
+
+def _pre_all_gather(self, mesh, outer_size=None, outer_stride=None, module=None, mp_policy=None):
+    """FSDP2: what to gather, the words of a shard of rows. Column scales are whole on every rank."""
+    if outer_size is not None and outer_size[0] % mesh.size():
+        raise ValueError(f"rows of a HyperQuantTensor must divide by {mesh.size()} ranks for FSDP2, got {outer_size[0]}")
+    return (self.qdata,), None
+
+
+def _post_all_gather(self, all_gather_outputs, metadata, param_dtype, *, out=None):
+    """FSDP2: the whole weight from gathered words. `out` already shares their memory."""
+    if out is not None:
+        return None
+    (qdata,) = all_gather_outputs
+    return self._replace(qdata=qdata, shape=(qdata.shape[0], *self.shape[1:]), dtype=param_dtype), all_gather_outputs
+
+
+HyperQuantTensor.fsdp_pre_all_gather = _pre_all_gather
+HyperQuantTensor.fsdp_post_all_gather = _post_all_gather
 
 HyperQuantTensor.__module__ = "hq_inductor"
 # lets torch.load(weights_only=True) read state dicts

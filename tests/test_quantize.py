@@ -114,7 +114,7 @@ def test_wrong_arguments_are_refused_before_any_model_is_touched(arguments, erro
     [
         (lambda w: w.to(torch.int32), TypeError, "Linear.weight must be floating point, got torch.int32"),
         (lambda w: w.index_fill(0, torch.tensor([0]), float("nan")), ValueError, "weight must be finite"),
-        (lambda w: w[None], ValueError, r"must be a matrix, got shape \(1, 256, 512\)"),
+        (lambda w: w[None, None], ValueError, r"must be a matrix or a stack of them, got shape \(1, 1, 256, 512\)"),
     ],
 )
 def test_bad_weights_leave_their_layer_as_it_was(spoil, error, message):
