@@ -6,11 +6,11 @@ import types
 import warnings
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
 from torchao.quantization.transform_module import register_quantize_module_handler
 
+from .balance import column_scale
 from .format.rates import MAX_PADDING, check_rate, check_tile, weight_layout
 from .module import HyperQuantLinear
 from .tensor import HyperQuantTensor
@@ -25,8 +25,9 @@ class HyperQuantWeightConfig(AOBaseConfig):
         lattice: `"e8"` (best), `"d4"`, `"a2"` or `"z"`.
         tile: coefficients that share a scale and a bit budget, a multiple of 128; None chooses by layer.
         seed: selects the random signs of the Hadamard transform; layers that share an input should share it.
-        balance_columns: divide each weight column by a power of its size, and multiply the activation by it, which lowers the output
-            error where columns differ. Adds 16 bits per column (16 / out_features bits per weight).
+        balance_columns: divide each weight column by the square root of its size, and multiply the activation by it, which lowers the
+            output error where columns differ. Adds 16 bits per column (16 / out_features bits per weight). The function
+            `hq_inductor.balance_columns` knows the activations too and mostly adds no bits; its layers ignore this switch.
         max_padding: layers whose columns need more padding than this share are left alone, with a warning.
 
     Raises:
@@ -63,20 +64,6 @@ def hyperquant_weight(
     return HyperQuantWeightConfig(bps, lattice, tile, seed, balance_columns, max_padding)
 
 
-def column_scale(weight: torch.Tensor) -> torch.Tensor:
-    """Data-free `act_pre_scale`, `[K]` bf16: the square root of each column's root mean square, relative to their geometric mean.
-
-    The quantization noise is white in the rotated domain. With columns multiplied by `d_i` and activations by `1 / d_i`, the expected error
-    of a tile is proportional to `sum(rms_w_i^2 d_i^2) * sum(rms_x_i^2 / d_i^2)`, least at `d_i = sqrt(rms_x_i / rms_w_i)`; here
-    `rms_x = 1`. Limited to a factor of 16, so that dead columns do not blow up their activations' noise.
-    """
-    rms = weight.to(torch.float32).square().mean(0).sqrt()
-    log = torch.log2(rms.clamp(min=1e-30)) / 2
-    alive = rms > 0
-    center = log[alive].mean() if bool(alive.any()) else log.new_zeros(())
-    return torch.exp2((log - center).clamp(-4, 4)).to(torch.bfloat16)
-
-
 def _why_left_alone(in_features: int, config: HyperQuantWeightConfig) -> str | None:
     layout = weight_layout(in_features, config.bps, config.lattice, config.tile)
     if layout.padding > config.max_padding:
@@ -100,8 +87,13 @@ def _quantize_module(module: nn.Module, config: HyperQuantWeightConfig, *, param
     if reason is not None:
         warnings.warn(f"{module}: {parameter_name} left unquantized: {reason}", stacklevel=2)
         return module
-    scale = column_scale(weight) if config.balance_columns else None
+    # from `hq_inductor.balance_columns`, which knows the activations
+    scale = getattr(module, "balance_scale", None)
+    if scale is None and config.balance_columns:
+        scale = column_scale(weight)
     packed = HyperQuantTensor.from_hp(weight, config.bps, config.lattice, config.tile, config.seed, scale)
+    if "balance_scale" in module._buffers:
+        del module.balance_scale
     if type(module) is nn.Linear and parameter_name == "weight":
         return HyperQuantLinear.from_linear(module, packed)
     setattr(module, parameter_name, nn.Parameter(packed, requires_grad=False))
