@@ -37,9 +37,7 @@ def main() -> None:
         begin = time.perf_counter()
         packed = HyperQuantTensor.from_hp(weight, bps=bps)
         encode = time.perf_counter() - begin
-        decode = seconds(
-            lambda packed=packed: torch.ops.hyperquant.rice_decode(packed.qdata, packed.lattice, packed.tile, packed.rice_parameter)
-        )
+        decode = seconds(lambda packed=packed: torch.ops.hyperquant.rice_decode(packed.qdata, packed.lattice, packed.tile, packed.code))
         error = packed.dequantize() - weight
         snr_db = -10 * torch.log10(error.square().mean() / weight.square().mean()).item()
         rows.append((bps, packed.bits_per_weight, snr_db, millions / encode, millions / decode))

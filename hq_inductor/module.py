@@ -51,7 +51,7 @@ class HyperQuantLinear(nn.Linear):
             self._parameters[name] = None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=False)
         self.weight_dtype = weight.dtype
         self.bps, self.lattice, self.tile = weight.bps, weight.lattice, weight.tile
-        self.rice_parameter, self.seed, self.format_version = weight.rice_parameter, weight.seed, weight.format_version
+        self.code, self.seed, self.format_version = weight.code, weight.seed, weight.format_version
 
     @property
     def weight(self) -> HyperQuantTensor:
@@ -64,7 +64,7 @@ class HyperQuantLinear(nn.Linear):
             self.bps,
             self.lattice,
             self.tile,
-            self.rice_parameter,
+            self.code,
             self.seed,
             self.weight_dtype,
             format_version=self.format_version,
@@ -83,7 +83,7 @@ class HyperQuantLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return torch.ops.hyperquant.rice_linear(
-            input, self.qdata, self.act_pre_scale, self.bias, self.lattice, self.tile, self.rice_parameter, self.seed
+            input, self.qdata, self.act_pre_scale, self.bias, self.lattice, self.tile, self.code, self.seed
         )
 
     def _apply(self, fn, recurse: bool = True):
@@ -122,7 +122,7 @@ class HyperQuantLinear(nn.Linear):
     def _incompatibility(self, weight: HyperQuantTensor, assign: bool) -> str | None:
         """Why `weight` cannot be loaded, or None. `assign` replaces the data, so only the logical shape must agree."""
         own = self.weight
-        names = ("shape",) if assign else ("shape", "bps", "lattice", "tile", "rice_parameter", "seed")
+        names = ("shape",) if assign else ("shape", "bps", "lattice", "tile", "code", "seed")
         for name in names:
             if getattr(own, name) != getattr(weight, name):
                 return f"{name} must be {getattr(own, name)}, got {getattr(weight, name)}"

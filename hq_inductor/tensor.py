@@ -24,7 +24,7 @@ class HyperQuantTensor(TorchAOBaseTensor):
     Non-tensor attributes:
         shape: logical shape, `(N, K)`, or `(K, N)` if `transposed`.
         bps: bits per scalar asked for; `bits_per_weight` is what is stored.
-        lattice, tile, rice_parameter: the layout of a tile, together with `words`.
+        lattice, tile, code: the layout of a tile, together with `words` (`TileLayout`).
         seed: selects the signs of the randomized Hadamard transform.
         dtype: dtype of `dequantize()`; activations of any floating dtype are accepted.
         transposed: whether this is the face of `weight.t()`.
@@ -37,7 +37,7 @@ class HyperQuantTensor(TorchAOBaseTensor):
         "bps",
         "lattice",
         "tile",
-        "rice_parameter",
+        "code",
         "seed",
         "dtype",
         "transposed",
@@ -52,7 +52,7 @@ class HyperQuantTensor(TorchAOBaseTensor):
         bps: float,
         lattice: str,
         tile: int,
-        rice_parameter: int,
+        code: int,
         seed: int,
         dtype: torch.dtype,
         transposed: bool = False,
@@ -70,7 +70,7 @@ class HyperQuantTensor(TorchAOBaseTensor):
         bps: float,
         lattice: str,
         tile: int,
-        rice_parameter: int,
+        code: int,
         seed: int,
         dtype: torch.dtype,
         transposed: bool = False,
@@ -82,7 +82,7 @@ class HyperQuantTensor(TorchAOBaseTensor):
         self.bps = bps
         self.lattice = lattice
         self.tile = tile
-        self.rice_parameter = rice_parameter
+        self.code = code
         self.seed = seed
         self.transposed = transposed
         self.format_version = format_version
@@ -129,9 +129,7 @@ class HyperQuantTensor(TorchAOBaseTensor):
         _check_values(weight)
         t = layout.tile
         qdata = _encode(weight, layout, seed)
-        return cls(
-            qdata, (rows, columns), float(bps), lattice, t.tile, t.rice_parameter, seed, hp_tensor.dtype, act_pre_scale=act_pre_scale
-        )
+        return cls(qdata, (rows, columns), float(bps), lattice, t.tile, t.code, seed, hp_tensor.dtype, act_pre_scale=act_pre_scale)
 
     def __tensor_flatten__(self):
         # written out because torch 2.11 calls it for every parameter and step, and the generic one looks every list up again
@@ -141,7 +139,7 @@ class HyperQuantTensor(TorchAOBaseTensor):
             "bps": self.bps,
             "lattice": self.lattice,
             "tile": self.tile,
-            "rice_parameter": self.rice_parameter,
+            "code": self.code,
             "seed": self.seed,
             "dtype": self.dtype,
             "transposed": self.transposed,
@@ -184,7 +182,7 @@ class HyperQuantTensor(TorchAOBaseTensor):
     def dequantize(self, output_dtype: torch.dtype | None = None) -> torch.Tensor:
         """The weight as a plain tensor, `self.shape`, in `output_dtype` (default: `self.dtype`)."""
         ops = torch.ops.hyperquant
-        codes, scale = ops.rice_decode(self.qdata, self.lattice, self.tile, self.rice_parameter)
+        codes, scale = ops.rice_decode(self.qdata, self.lattice, self.tile, self.code)
         rotated = ops.lattice_dequant(codes, scale, self.lattice, torch.float32)
         weight = ops.hadamard(rotated, hadamard_block(self.tile), self.seed, True)[:, : self.in_features]
         if self.act_pre_scale is not None:
@@ -216,8 +214,8 @@ def _encode(weight: torch.Tensor, layout: WeightLayout, seed: int) -> torch.Tens
     ops, t = torch.ops.hyperquant, layout.tile
     padded = F.pad(weight, (0, layout.padded_features - layout.in_features))
     rotated = ops.hadamard(padded, hadamard_block(t.tile), seed, False)
-    codes, scale = ops.lattice_quantize(rotated, t.lattice, t.tile, t.rice_parameter, t.words, layout.start_rms)
-    return ops.rice_encode(codes, scale, t.lattice, t.tile, t.rice_parameter, t.words)
+    codes, scale = ops.lattice_quantize(rotated, t.lattice, t.tile, t.code, t.words, layout.start_rms)
+    return ops.rice_encode(codes, scale, t.lattice, t.tile, t.code, t.words)
 
 
 def linear(x: torch.Tensor, weight: HyperQuantTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -227,7 +225,7 @@ def linear(x: torch.Tensor, weight: HyperQuantTensor, bias: torch.Tensor | None 
     if x.shape[-1] != weight.in_features:
         raise ValueError(f"x must have {weight.in_features} features in its last dimension, got shape {tuple(x.shape)}")
     return torch.ops.hyperquant.rice_linear(
-        x, weight.qdata, weight.act_pre_scale, bias, weight.lattice, weight.tile, weight.rice_parameter, weight.seed
+        x, weight.qdata, weight.act_pre_scale, bias, weight.lattice, weight.tile, weight.code, weight.seed
     )
 
 
@@ -330,7 +328,7 @@ def _(func, types, args, kwargs):
 
 def check_layout(weight: HyperQuantTensor) -> None:
     """Raise unless the words have the shape that the attributes say; for tensors that come from outside."""
-    layout = tile_layout(weight.lattice, weight.tile, weight.rice_parameter, int(weight.qdata.shape[-1]))
+    layout = tile_layout(weight.lattice, weight.tile, weight.code, int(weight.qdata.shape[-1]))
     tiles = -(-weight.in_features // layout.tile)
     if tuple(weight.qdata.shape[:2]) != (weight.out_features, tiles):
         raise ValueError(

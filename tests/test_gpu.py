@@ -19,7 +19,7 @@ def test_words_and_codes_equal_the_cpu(lattice, bps, columns):
     weight = HyperQuantTensor.from_hp(torch.randn(20, columns), bps=bps, lattice=lattice)
     words = weight.qdata.clone()
     words[10:] = torch.randint(-(2**31), 2**31, words[10:].shape).to(torch.int32)
-    layout = (lattice, weight.tile, weight.rice_parameter)
+    layout = (lattice, weight.tile, weight.code)
     codes, scale = ops.rice_decode(words, *layout)
     gpu_codes, gpu_scale = ops.rice_decode(words.cuda(), *layout)
     assert torch.equal(gpu_codes.cpu(), codes) and torch.equal(gpu_scale.cpu(), scale)

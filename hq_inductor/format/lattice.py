@@ -9,9 +9,9 @@ Definition.  A lattice point is stored as small integers (*codes*, eight per vec
              | e8      | 2 E8: 8-vectors of one parity, sum = 0 mod 4     | codes              | 256 / 8 dims         |
 
              *Symbols* `s` are what the Rice coder sees. z, d4: the codes. a2: `(n_y, (n_x - (n_y & 1)) / 2)`, a bijection.
-             e8: `(codes - c) / 2` with the coset bit `c = codes[0] & 1`, whose sum is even. The even sums of e8 (per 8) and d4 (per
-             4) imply one bit each, which
-             bit-stripping leaves out (`hq_inductor.format.rice`).
+             e8: `(codes ^ -c) / 2` with the coset bit `c = codes[0] & 1` (odd vectors are complemented, which makes them even; exclusive or
+             is what a decoder merges for free). Their sum is even. The even sums of e8 (per 8) and d4 (per 4) imply one bit each,
+             which bit-stripping leaves out (`hq_inductor.format.rice`).
 Source.      Conway and Sloane, Fast quantizing and decoding algorithms for lattice quantizers and codes, 1982 (nearest points);
              HyperQuant, arXiv 2606.23406 (bit-stripping).
 """
@@ -23,6 +23,8 @@ import math
 import torch
 
 SQRT3 = math.sqrt(3.0)
+# mean squared error per dimension of a uniform source at scale 1: normalized second moment (Conway and Sloane, table 2.3) x volume^(2/n)
+GRANULAR_ERROR = {"e8": 0.07168 * 4.0, "d4": 0.07660 * math.sqrt(2.0), "a2": 0.08019 * 2 * SQRT3, "z": 1 / 12}
 
 
 def _round_even_sum(x: torch.Tensor, step: float) -> torch.Tensor:
@@ -90,7 +92,7 @@ def codes_to_symbols(codes: torch.Tensor, lattice: str) -> tuple[torch.Tensor, t
     """
     if lattice == "e8":
         coset = codes[..., 0] & 1
-        return (codes - coset[..., None]) >> 1, coset
+        return (codes ^ -coset[..., None]) >> 1, coset
     if lattice == "a2":
         n_y, n_x = codes.unflatten(-1, (4, 2)).unbind(-1)
         return torch.stack((n_y, (n_x - (n_y & 1)) >> 1), dim=-1).flatten(-2), None
@@ -100,7 +102,7 @@ def codes_to_symbols(codes: torch.Tensor, lattice: str) -> tuple[torch.Tensor, t
 def symbols_to_codes(symbols: torch.Tensor, coset: torch.Tensor | None, lattice: str) -> torch.Tensor:
     """Inverse of `codes_to_symbols`."""
     if lattice == "e8":
-        return 2 * symbols + coset[..., None]
+        return (2 * symbols) ^ -coset[..., None]
     if lattice == "a2":
         n_y, t_x = symbols.unflatten(-1, (4, 2)).unbind(-1)
         return torch.stack((n_y, 2 * t_x + (n_y & 1)), dim=-1).flatten(-2)

@@ -13,38 +13,43 @@ Storage.     words = [ raw plane | stream plane ]
                bit   31 .. 24     23 .. 16     15 .. 8      7 .. 0
                      symbols 3,7  symbols 2,6  symbols 1,5  symbols 0,4        within a byte: bit 2 v + h
 
-             so `word >> (2 v + h) & 0x01010101` is one bit of four neighbouring coefficients, a byte each: what dp4a and the int8 MMA read.
-             E8: one bit of a vector is implied by the even sum; its place (symbol 7, plane `implied_plane`) holds the coset bit.
-             D4: one bit per 4-vector is implied (byte 3 of `implied_plane`); lane 3's three remaining bytes of that plane fill the free
+             so `word >> (2 v + h) & 0x01010101` is one bit of four neighbouring coefficients, a byte each: what the int8 MMA reads.
+             E8: the sign of a vector's last symbol is implied by the even sum; its place holds the coset bit.
+             D4: the sign of every fourth symbol (byte 3 of plane 0) is implied; lane 3's three remaining bytes of that plane fill the free
              bytes of lanes 0, 1, 2, and its own word is not stored.
 
              Stream plane: bits counted from the most significant bit of its first word.
 
-               0        12     16        start                      wall                       end
-               | scale  | wall | cosets  | lane 0 ->      <- lane 1 | lane 2 ->      <- lane 3 |
+               0        12     16                           wall                       end
+               | scale  | wall | lane 0 ->        <- lane 1 | lane 2 ->      <- lane 3 |
 
              `scale`: 6 exponent and 6 mantissa bits, no sign, `2^(e - 40) (1 + m / 64)`: finite for all 4096 codes.
              `wall`: 4 bits; the middle wall stands `wall_unit * (code - 8)` bits from the centre.
-             `cosets`: only E8 at k = 0, the coset bits of the tile's vectors in order.
-             Each lane writes the unary codes (q zeros, then a one) of its `tile / 4` symbols in the direction of its arrow. Two lanes share
-             a region from both ends, so neither start offsets nor a fixed quarter each have to be paid for; unused bits are zero.
+             Each lane writes the Huffman codes (`hq_inductor.format.quotient_code`) of its `tile / 16` quads of quotients in the direction of
+             its arrow, every code with its most significant bit first in that direction. Two lanes share a region from both ends, so neither
+             start offsets nor a fixed quarter each have to be paid for; unused bits are zero.
 
-Invariants.  Encoders guarantee: the eight unary codes of a vector take at most 32 bits (one funnel-shifted word holds a vector);
-             codes lie in [-127, 127]. Decoders may rely on neither for memory safety.
+Invariants.  Encoders guarantee that both regions hold their lanes' codes and that quotients are below `classes`. Decoders may rely on
+             neither for memory safety. A vector's codes take at most 24 bits, whatever the words hold: one 32-bit window reads a vector.
 
 Cost.        16 header bits per tile: 0.031 bits per weight at tile 512. Measured on N(0, 1) at 4 bps, tile 512: the movable wall
              loses under 0.01 dB against one serial stream; four fixed quarters would lose 0.55 dB.
 
-Source.      HyperQuant, arXiv 2606.23406 (Rice coding and bit-stripping). Differs in: constant rate per tile, split planes, four lanes.
+Source.      HyperQuant, arXiv 2606.23406 (Rice coding and bit-stripping). Differs in: constant rate per tile, split planes, four lanes,
+             Huffman-coded instead of unary quotients.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 
-FORMAT_VERSION = 1
+from .quotient_code import QUAD, TABLE_BITS, QuotientCode, on_device, quotient_code
+from .rate_table import RATE_TABLE, Rate
+
+FORMAT_VERSION = 2
 LATTICES = ("e8", "d4", "a2", "z")
 
 GROUP = 128  # coefficients whose raw bits interleave: 4 lanes x 4 vectors x 8 symbols
@@ -52,9 +57,7 @@ LANES = 4
 VECTOR = 8
 HEADER_BITS = 16
 MAX_TILE = 1536
-MAX_RICE_PARAMETER = 6
-MAX_VECTOR_BITS = 32
-MAX_CODE = 127
+MAX_VECTOR_BITS = VECTOR // QUAD * TABLE_BITS
 
 SCALE_MANTISSA_BITS = 6
 SCALE_CODES = 1 << 12
@@ -71,7 +74,7 @@ class TileLayout:
     Args:
         lattice: one of `"e8"`, `"d4"`, `"a2"`, `"z"`.
         tile: coefficients per tile, a multiple of 128 up to 1536.
-        rice_parameter: k, raw bits per symbol (0 to 6).
+        code: entropy code, a key of `RATE_TABLE[lattice]`: eight times the rate it was made for. Gives Rice parameter and quotient code.
         words: 32-bit words per tile, everything included.
 
     Raises:
@@ -80,7 +83,7 @@ class TileLayout:
 
     lattice: str
     tile: int
-    rice_parameter: int
+    code: int
     words: int
 
     def __post_init__(self) -> None:
@@ -88,25 +91,60 @@ class TileLayout:
             raise ValueError(f"lattice must be one of {', '.join(LATTICES)}, got {self.lattice!r}")
         if self.tile % GROUP or not GROUP <= self.tile <= MAX_TILE:
             raise ValueError(f"tile must be a multiple of {GROUP} from {GROUP} to {MAX_TILE}, got {self.tile}")
-        if not 0 <= self.rice_parameter <= MAX_RICE_PARAMETER:
-            raise ValueError(f"rice_parameter must be from 0 to {MAX_RICE_PARAMETER}, got {self.rice_parameter}")
-        # a tile of zeros takes one stream bit per symbol; each region must hold its half wherever the wall stands
-        if self.end - self.start < self.tile + 2 * 8 * self.wall_unit:
-            raise ValueError(f"words={self.words} is too few for tile={self.tile} with rice_parameter={self.rice_parameter}")
+        codes = RATE_TABLE[self.lattice]
+        if self.code not in codes:
+            raise ValueError(f"code must be from {min(codes)} to {max(codes)} for lattice {self.lattice!r}, got {self.code!r}")
+        # each region must hold its half of a tile of zeros wherever the wall stands
+        zeros = self.tile // QUAD * self.quotient_code.lengths[0]
+        if self.end - self.start < zeros + 2 * 8 * self.wall_unit:
+            raise ValueError(f"words={self.words} is too few for tile={self.tile} with code={self.code}")
+
+    @functools.cached_property
+    def _rate(self) -> Rate:
+        return RATE_TABLE[self.lattice][self.code]
+
+    @property
+    def rice_parameter(self) -> int:
+        """k, raw bits per symbol: the sign and k - 1 low bits of the magnitude."""
+        return self._rate.rice_parameter
+
+    @property
+    def quotient_code(self) -> QuotientCode:
+        return quotient_code(*self._rate.code_key)
+
+    @property
+    def classes(self) -> int:
+        """Quotients are below this."""
+        return len(self._rate.even)
+
+    @property
+    def max_magnitude(self) -> int:
+        """Largest one's-complement magnitude of a symbol."""
+        return (self.classes << (self.rice_parameter - 1)) - 1
+
+    @property
+    def shift(self) -> int:
+        """Bits of a code (not symbol) below the quotient."""
+        return self.rice_parameter - (self.lattice != "e8")
+
+    def table(self, device: torch.device) -> torch.Tensor:
+        """The quotient code's decoding table on a device, `[4096]` int32, made once."""
+        return on_device(("table", self._rate.code_key, self.shift), lambda: self.quotient_code.table(self.shift), device)
+
+    def lengths(self, device: torch.device) -> torch.Tensor:
+        """Code lengths of the quads on a device, `[classes^4]` int32."""
+        return on_device(("lengths", self._rate.code_key), lambda: torch.tensor(self.quotient_code.lengths, dtype=torch.int32), device)
+
+    def codewords(self, device: torch.device) -> torch.Tensor:
+        """Codewords of the quads on a device, `[classes^4]` int32, right-aligned."""
+        return on_device(("codewords", self._rate.code_key), lambda: torch.tensor(self.quotient_code.codewords, dtype=torch.int32), device)
 
     @property
     def groups(self) -> int:
         return self.tile // GROUP
 
     @property
-    def implied_plane(self) -> int:
-        """Raw plane that holds the bits implied by an even sum (E8, D4): the lowest magnitude bit, or the sign if k = 1."""
-        return 1 if self.rice_parameter >= 2 else 0
-
-    @property
     def raw_words_per_group(self) -> int:
-        if self.rice_parameter == 0:
-            return 0
         return LANES * self.rice_parameter - (self.lattice == "d4")
 
     @property
@@ -118,14 +156,9 @@ class TileLayout:
         return self.words - self.raw_words
 
     @property
-    def has_coset_bits(self) -> bool:
-        """Whether coset bits stand in the stream plane instead of the raw plane."""
-        return self.lattice == "e8" and self.rice_parameter == 0
-
-    @property
     def start(self) -> int:
         """First bit of lane 0 in the stream plane."""
-        return HEADER_BITS + (self.tile // VECTOR if self.has_coset_bits else 0)
+        return HEADER_BITS
 
     @property
     def end(self) -> int:

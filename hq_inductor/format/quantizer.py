@@ -3,7 +3,7 @@
 Definition.  For each tile the finest representable scale `a` such that the code of `nearest_point(x / a)` fits the tile's words; then the
              stored scale is the representable one nearest to the least-squares factor `<x, e> / <e, e>`, e the embedded codes, which can
              only lower the squared error and costs no bits.
-Invariants.  What is returned always fits (`hq_inductor.format.rice.wall_code`): two regions, 32 bits per vector, codes within +-127.
+Invariants.  What is returned always fits (`hq_inductor.format.rice`): both regions, and every quotient below `layout.classes`.
 Cost.        About five nearest-point searches per tile: the code length is nearly linear in log(scale), so a Newton step lands within a
              few scale codes of the boundary.
 """
@@ -12,27 +12,35 @@ from __future__ import annotations
 
 import torch
 
-from .lattice import embed, nearest_point
-from .layout import MAX_CODE, MAX_VECTOR_BITS, SCALE_CODES, VECTOR, TileLayout, scale_from_code, scale_to_code
+from .lattice import GRANULAR_ERROR, SQRT3, embed, nearest_point
+from .layout import SCALE_CODES, VECTOR, TileLayout, scale_from_code, scale_to_code
 from .rice import code_lengths, lane_lengths, wall_code
 
 _CODES_PER_OCTAVE = 64
 # stream bits per symbol and octave of scale, about ln 2 times the mean quotient: an estimate; it decides only how many steps are taken
 _BITS_PER_OCTAVE = 0.65
-_MAX_ITERATIONS = 16
+_MAX_ITERATIONS = 20
+# squared error from clipping to the code's range that a tile may add, relative to the lattice's own error
+_MAX_OVERLOAD = 0.05
+
+
+def _limits(layout: TileLayout) -> tuple[float, ...]:
+    """Largest coordinates, per position modulo the tuple's length, that quantize to symbols in range."""
+    m = float(layout.max_magnitude)
+    return {"e8": (2 * m,), "a2": (SQRT3 * m, 2 * m)}.get(layout.lattice, (m,))
 
 
 def _try_scale(x: torch.Tensor, scale_code: torch.Tensor, layout: TileLayout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes `[n, tile]` int8 of `x` at a scale, whether they fit `[n]`, and the unused stream bits `[n]` (negative if too many)."""
-    vectors = (x / scale_from_code(scale_code)[:, None]).unflatten(-1, (-1, VECTOR))
-    # far outside the range the search itself would overflow; such codes never fit
-    codes = nearest_point(vectors.clamp_(-4.0 * MAX_CODE, 4.0 * MAX_CODE), layout.lattice)
-    in_range = codes.abs().amax((-2, -1)) <= MAX_CODE
-    codes = codes.to(torch.int16)
-    bits = code_lengths(codes, layout.lattice, layout.rice_parameter)
+    vectors = x / scale_from_code(scale_code)[:, None]
+    limit = vectors.new_tensor(_limits(layout)).repeat(x.shape[1] // len(_limits(layout)))
+    clipped = torch.minimum(torch.maximum(vectors, -limit), limit)
+    overload = (vectors - clipped).square_().sum(-1)
+    codes = nearest_point(clipped.unflatten(-1, (-1, VECTOR)), layout.lattice).to(torch.int16)
+    bits, in_range = code_lengths(codes, layout)
     lane_bits = lane_lengths(bits)
     _, fits = wall_code(lane_bits, layout)
-    fits &= in_range & (bits.amax(-1) <= MAX_VECTOR_BITS)
+    fits &= in_range.all(-1) & (overload <= _MAX_OVERLOAD * GRANULAR_ERROR[layout.lattice] * x.shape[1])
     return codes.flatten(1).to(torch.int8), fits, layout.end - layout.start - lane_bits.sum(-1)
 
 

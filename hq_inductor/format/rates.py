@@ -12,7 +12,7 @@ from .layout import GROUP, LATTICES, MAX_TILE, TileLayout
 from .rate_table import RATE_TABLE
 
 MAX_BPS = 6.0
-MIN_BPS = {lattice: min(rates) / 8 for lattice, rates in RATE_TABLE.items()}
+MIN_BPS = {"e8": 1.75, "d4": 2.0, "a2": 2.0, "z": 2.0}
 PREFERRED_TILE = 512
 # zero columns may add at most this share to a layer's bits before it is better left alone
 MAX_PADDING = 0.125
@@ -49,7 +49,7 @@ def choose_tile(in_features: int, bps: float) -> int:
 
 def start_rms(bps: float, lattice: str) -> float:
     """Root mean square of coefficient / scale at which tiles of this rate come to rest on N(0, 1)."""
-    return RATE_TABLE[lattice][int(8 * bps)][1]
+    return RATE_TABLE[lattice][int(8 * bps)].start_rms
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,5 @@ def weight_layout(in_features: int, bps: float, lattice: str = "e8", tile: int |
         raise ValueError(f"in_features must be at least 1, got {in_features}")
     if tile is None:
         tile = choose_tile(in_features, bps)
-    rice_parameter, rms, _ = RATE_TABLE[lattice][int(8 * bps)]
     words = int(tile * bps) // 32
-    return WeightLayout(in_features, -(-in_features // tile), TileLayout(lattice, tile, rice_parameter, words), rms)
+    return WeightLayout(in_features, -(-in_features // tile), TileLayout(lattice, tile, int(8 * bps), words), start_rms(bps, lattice))

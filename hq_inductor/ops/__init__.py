@@ -8,7 +8,7 @@
 | `lattice_dequant`  | codes and scales -> floats                                  |
 | `rice_linear`      | activations, words -> the whole quantized linear layer      |
 
-A tile's layout travels as `(lattice, tile, rice_parameter)`; the number of words is the last dimension of `qdata`.
+A tile's layout travels as `(lattice, tile, code)`; the number of words is the last dimension of `qdata`.
 """
 
 from . import decode, encode, hadamard, linear

@@ -7,44 +7,37 @@ import torch
 from ..format.lattice import embed
 from ..format.layout import LATTICES, TileLayout
 from ..format.rice import decode_tiles
-from . import cpu
 from .registry import check_codes, check_qdata, register
 
 # the specification keeps some 64 bytes per weight alive; blocks of tiles bound that
-_BLOCK_WEIGHTS = 1 << 24
-
-
-def decode_by_specification(words: torch.Tensor, layout: TileLayout) -> tuple[torch.Tensor, torch.Tensor]:
-    """`decode_tiles` in blocks, on any device."""
-    codes = words.new_empty((words.shape[0], layout.tile), dtype=torch.int8)
-    scale = words.new_empty(words.shape[0], dtype=torch.float32)
-    step = max(1, _BLOCK_WEIGHTS // layout.tile)
-    for begin in range(0, words.shape[0], step):
-        rows = slice(begin, begin + step)
-        codes[rows], scale[rows] = decode_tiles(words[rows], layout)
-    return codes, scale
+_BLOCK_WEIGHTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 
 def decode_words(qdata: torch.Tensor, layout: TileLayout) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes `[N, K]` int8 and scales `[N, K / tile]` fp32 of words `[N, K / tile, words]`, by the fastest path for the device."""
+    """Codes `[N, K]` int8 and scales `[N, K / tile]` fp32 of words `[N, K / tile, words]`."""
     rows, tiles, words = qdata.shape
-    decode = cpu.decode_codes if qdata.device.type == "cpu" else decode_by_specification
-    codes, scale = decode(qdata.reshape(-1, words), layout)
+    flat = qdata.reshape(-1, words)
+    codes = qdata.new_empty((flat.shape[0], layout.tile), dtype=torch.int8)
+    scale = qdata.new_empty(flat.shape[0], dtype=torch.float32)
+    step = max(1, _BLOCK_WEIGHTS[qdata.device.type] // layout.tile)
+    for begin in range(0, flat.shape[0], step):
+        block = slice(begin, begin + step)
+        codes[block], scale[block] = decode_tiles(flat[block], layout)
     return codes.view(rows, tiles * layout.tile), scale.view(rows, tiles)
 
 
-def _rice_decode(qdata: torch.Tensor, lattice: str, tile: int, rice_parameter: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return decode_words(qdata, check_qdata(qdata, lattice, tile, rice_parameter))
+def _rice_decode(qdata: torch.Tensor, lattice: str, tile: int, code: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return decode_words(qdata, check_qdata(qdata, lattice, tile, code))
 
 
-def _rice_decode_fake(qdata, lattice, tile, rice_parameter):
-    check_qdata(qdata, lattice, tile, rice_parameter)
+def _rice_decode_fake(qdata, lattice, tile, code):
+    check_qdata(qdata, lattice, tile, code)
     rows, tiles, _ = qdata.shape
     return qdata.new_empty((rows, tiles * tile), dtype=torch.int8), qdata.new_empty((rows, tiles), dtype=torch.float32)
 
 
 register(
-    "rice_decode(Tensor qdata, str lattice, int tile, int rice_parameter) -> (Tensor codes, Tensor scale)",
+    "rice_decode(Tensor qdata, str lattice, int tile, int code) -> (Tensor codes, Tensor scale)",
     _rice_decode_fake,
     CPU=_rice_decode,
     CUDA=_rice_decode,

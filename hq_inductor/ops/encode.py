@@ -20,9 +20,9 @@ def _quantize_alloc(x: torch.Tensor, tile: int) -> tuple[torch.Tensor, torch.Ten
 
 
 def _lattice_quantize(
-    x: torch.Tensor, lattice: str, tile: int, rice_parameter: int, words: int, start_rms: float
+    x: torch.Tensor, lattice: str, tile: int, code: int, words: int, start_rms: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    layout = tile_layout(lattice, tile, rice_parameter, words)
+    layout = tile_layout(lattice, tile, code, words)
     codes, scale = _quantize_alloc(x, tile)
     tiles = x.reshape(-1, tile)
     codes_out, scale_out = codes.view(-1, tile), scale.view(-1)
@@ -33,29 +33,29 @@ def _lattice_quantize(
     return codes, scale
 
 
-def _lattice_quantize_fake(x, lattice, tile, rice_parameter, words, start_rms):
-    tile_layout(lattice, tile, rice_parameter, words)
+def _lattice_quantize_fake(x, lattice, tile, code, words, start_rms):
+    tile_layout(lattice, tile, code, words)
     return _quantize_alloc(x, tile)
 
 
 register(
-    "lattice_quantize(Tensor x, str lattice, int tile, int rice_parameter, int words, float start_rms) -> (Tensor codes, Tensor scale)",
+    "lattice_quantize(Tensor x, str lattice, int tile, int code, int words, float start_rms) -> (Tensor codes, Tensor scale)",
     _lattice_quantize_fake,
     CPU=_lattice_quantize,
     CUDA=_lattice_quantize,
 )
 
 
-def _encode_alloc(codes: torch.Tensor, scale: torch.Tensor, lattice: str, tile: int, rice_parameter: int, words: int) -> torch.Tensor:
-    tile_layout(lattice, tile, rice_parameter, words)
+def _encode_alloc(codes: torch.Tensor, scale: torch.Tensor, lattice: str, tile: int, code: int, words: int) -> torch.Tensor:
+    tile_layout(lattice, tile, code, words)
     if check_codes(codes, scale, lattice) != tile:
         raise ValueError(f"scale must have one column per tile={tile} of codes, got {tuple(codes.shape)} and {tuple(scale.shape)}")
     return codes.new_empty((*scale.shape, words), dtype=torch.int32)
 
 
-def _rice_encode(codes: torch.Tensor, scale: torch.Tensor, lattice: str, tile: int, rice_parameter: int, words: int) -> torch.Tensor:
-    layout = tile_layout(lattice, tile, rice_parameter, words)
-    qdata = _encode_alloc(codes, scale, lattice, tile, rice_parameter, words)
+def _rice_encode(codes: torch.Tensor, scale: torch.Tensor, lattice: str, tile: int, code: int, words: int) -> torch.Tensor:
+    layout = tile_layout(lattice, tile, code, words)
+    qdata = _encode_alloc(codes, scale, lattice, tile, code, words)
     tiles, scales, out = codes.reshape(-1, tile), scale.reshape(-1), qdata.view(-1, words)
     step = max(1, _BLOCK_WEIGHTS[codes.device.type] // tile)
     for begin in range(0, tiles.shape[0], step):
@@ -65,7 +65,7 @@ def _rice_encode(codes: torch.Tensor, scale: torch.Tensor, lattice: str, tile: i
 
 
 register(
-    "rice_encode(Tensor codes, Tensor scale, str lattice, int tile, int rice_parameter, int words) -> Tensor",
+    "rice_encode(Tensor codes, Tensor scale, str lattice, int tile, int code, int words) -> Tensor",
     _encode_alloc,
     CPU=_rice_encode,
     CUDA=_rice_encode,

@@ -59,10 +59,10 @@ def _rice_linear(
     bias: torch.Tensor | None,
     lattice: str,
     tile: int,
-    rice_parameter: int,
+    code: int,
     seed: int,
 ) -> torch.Tensor:
-    layout = check_qdata(qdata, lattice, tile, rice_parameter)
+    layout = check_qdata(qdata, lattice, tile, code)
     _check(x, qdata, act_pre_scale, layout, x.shape[-1])
     rows, tiles, _ = qdata.shape
     rotated = rotate_activations(x.reshape(-1, x.shape[-1]), act_pre_scale, layout, tiles * tile, seed)
@@ -74,15 +74,14 @@ def _rice_linear(
     return out.to(x.dtype).view(*x.shape[:-1], rows)
 
 
-def _rice_linear_fake(x, qdata, act_pre_scale, bias, lattice, tile, rice_parameter, seed):
-    layout = check_qdata(qdata, lattice, tile, rice_parameter)
+def _rice_linear_fake(x, qdata, act_pre_scale, bias, lattice, tile, code, seed):
+    layout = check_qdata(qdata, lattice, tile, code)
     _check(x, qdata, act_pre_scale, layout, x.shape[-1])
     return x.new_empty((*x.shape[:-1], qdata.shape[0]))
 
 
 register(
-    "rice_linear(Tensor x, Tensor qdata, Tensor? act_pre_scale, Tensor? bias, str lattice, int tile, int rice_parameter, "
-    "int seed) -> Tensor",
+    "rice_linear(Tensor x, Tensor qdata, Tensor? act_pre_scale, Tensor? bias, str lattice, int tile, int code, int seed) -> Tensor",
     _rice_linear_fake,
     CPU=_rice_linear,
     CUDA=_rice_linear,
@@ -95,11 +94,11 @@ def _rice_linear_backward(
     act_pre_scale: torch.Tensor | None,
     lattice: str,
     tile: int,
-    rice_parameter: int,
+    code: int,
     seed: int,
     in_features: int,
 ) -> torch.Tensor:
-    layout = check_qdata(qdata, lattice, tile, rice_parameter)
+    layout = check_qdata(qdata, lattice, tile, code)
     rows, tiles, _ = qdata.shape
     flat = grad.reshape(-1, rows).to(torch.promote_types(grad.dtype, torch.float32))
     rotated = flat.new_zeros((flat.shape[0], tiles * tile))
@@ -111,14 +110,14 @@ def _rice_linear_backward(
     return out.to(grad.dtype).reshape(*grad.shape[:-1], in_features).contiguous()
 
 
-def _rice_linear_backward_fake(grad, qdata, act_pre_scale, lattice, tile, rice_parameter, seed, in_features):
-    layout = check_qdata(qdata, lattice, tile, rice_parameter)
+def _rice_linear_backward_fake(grad, qdata, act_pre_scale, lattice, tile, code, seed, in_features):
+    layout = check_qdata(qdata, lattice, tile, code)
     _check(grad, qdata, act_pre_scale, layout, in_features)
     return grad.new_empty((*grad.shape[:-1], in_features))
 
 
 register(
-    "rice_linear_backward(Tensor grad, Tensor qdata, Tensor? act_pre_scale, str lattice, int tile, int rice_parameter, int seed, "
+    "rice_linear_backward(Tensor grad, Tensor qdata, Tensor? act_pre_scale, str lattice, int tile, int code, int seed, "
     "int in_features) -> Tensor",
     _rice_linear_backward_fake,
     CPU=_rice_linear_backward,
@@ -127,7 +126,7 @@ register(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, qdata, act_pre_scale, _, ctx.lattice, ctx.tile, ctx.rice_parameter, ctx.seed = inputs
+    x, qdata, act_pre_scale, _, ctx.lattice, ctx.tile, ctx.code, ctx.seed = inputs
     ctx.in_features = x.shape[-1]
     ctx.save_for_backward(qdata, act_pre_scale)
 
@@ -137,7 +136,7 @@ def _backward(ctx, grad: torch.Tensor):
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         grad_x = torch.ops.hyperquant.rice_linear_backward(
-            grad, qdata, act_pre_scale, ctx.lattice, ctx.tile, ctx.rice_parameter, ctx.seed, ctx.in_features
+            grad, qdata, act_pre_scale, ctx.lattice, ctx.tile, ctx.code, ctx.seed, ctx.in_features
         )
     if ctx.needs_input_grad[3]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)

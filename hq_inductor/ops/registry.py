@@ -26,13 +26,13 @@ def register(schema: str, fake: Callable, **by_device: Callable) -> None:
 tile_layout = functools.lru_cache(maxsize=1024)(TileLayout)
 
 
-def check_qdata(qdata: torch.Tensor, lattice: str, tile: int, rice_parameter: int) -> TileLayout:
+def check_qdata(qdata: torch.Tensor, lattice: str, tile: int, code: int) -> TileLayout:
     """The layout of packed words, or `TypeError` / `ValueError`."""
     if qdata.dtype != torch.int32:
         raise TypeError(f"qdata must be int32, got {qdata.dtype}")
     if qdata.dim() != 3:
         raise ValueError(f"qdata must be [N, K / tile, words], got shape {tuple(qdata.shape)}")
-    return tile_layout(lattice, tile, rice_parameter, int(qdata.shape[-1]))
+    return tile_layout(lattice, tile, code, int(qdata.shape[-1]))
 
 
 def check_codes(codes: torch.Tensor, scale: torch.Tensor, lattice: str) -> int:

@@ -55,11 +55,12 @@ def test_weight_layout_never_exceeds_rate_of_stored_columns(in_features, bps):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("e9", 512, 2, 64), "lattice must be one of"),
-        (("e8", 100, 2, 64), "tile must be a multiple of 128"),
-        (("e8", 2048, 2, 64), "tile must be a multiple of 128"),
-        (("e8", 512, 7, 64), "rice_parameter must be from 0 to 6"),
-        (("e8", 512, 3, 64), "words=64 is too few"),
+        (("e9", 512, 32, 64), "lattice must be one of"),
+        (("e8", 100, 32, 64), "tile must be a multiple of 128"),
+        (("e8", 2048, 32, 64), "tile must be a multiple of 128"),
+        (("e8", 512, 7, 64), "code must be from 14 to 48"),
+        (("z", 512, 15, 64), "code must be from 16 to 48"),
+        (("e8", 512, 40, 64), "words=64 is too few"),
     ],
 )
 def test_tile_layout_refuses(arguments, message):

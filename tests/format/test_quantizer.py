@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hq_inductor.format.lattice import embed, is_lattice_point
-from hq_inductor.format.layout import LATTICES, MAX_CODE, MAX_VECTOR_BITS, scale_to_code
+from hq_inductor.format.layout import LATTICES, scale_to_code
 from hq_inductor.format.quantizer import _try_scale, quantize_tiles
 from hq_inductor.format.rates import MIN_BPS, start_rms, weight_layout
 from hq_inductor.format.rice import code_lengths, lane_lengths, wall_code
@@ -24,8 +24,8 @@ def snr_db(x, codes, scale, lattice):
 def assert_fits(codes, layout):
     vectors = codes.unflatten(-1, (-1, 8))
     assert is_lattice_point(vectors, layout.lattice).all()
-    bits = code_lengths(vectors, layout.lattice, layout.rice_parameter)
-    assert bits.max() <= MAX_VECTOR_BITS and codes.to(torch.int32).abs().max() <= MAX_CODE
+    bits, in_range = code_lengths(vectors, layout)
+    assert in_range.all()
     assert wall_code(lane_lengths(bits), layout)[1].all()
 
 

@@ -17,8 +17,8 @@ def packed(rows=6, columns=512, bps=4.0, lattice="e8", tile=256):
     """(qdata, codes, scale, layout) of a random matrix of rotated coefficients."""
     layout = weight_layout(columns, bps, lattice, tile)
     t = layout.tile
-    codes, scale = ops.lattice_quantize(torch.randn(rows, columns), lattice, tile, t.rice_parameter, t.words, layout.start_rms)
-    return ops.rice_encode(codes, scale, lattice, tile, t.rice_parameter, t.words), codes, scale, t
+    codes, scale = ops.lattice_quantize(torch.randn(rows, columns), lattice, tile, t.code, t.words, layout.start_rms)
+    return ops.rice_encode(codes, scale, lattice, tile, t.code, t.words), codes, scale, t
 
 
 @pytest.mark.parametrize("lattice", LATTICES)
@@ -26,9 +26,9 @@ def packed(rows=6, columns=512, bps=4.0, lattice="e8", tile=256):
 def test_opcheck_codec(lattice, bps):
     qdata, codes, scale, t = packed(lattice=lattice, bps=bps)
     x = torch.randn(6, 512)
-    opcheck(ops.lattice_quantize.default, (x, lattice, 256, t.rice_parameter, t.words, start_rms(bps, lattice)))
-    opcheck(ops.rice_encode.default, (codes, scale, lattice, 256, t.rice_parameter, t.words))
-    opcheck(ops.rice_decode.default, (qdata, lattice, 256, t.rice_parameter))
+    opcheck(ops.lattice_quantize.default, (x, lattice, 256, t.code, t.words, start_rms(bps, lattice)))
+    opcheck(ops.rice_encode.default, (codes, scale, lattice, 256, t.code, t.words))
+    opcheck(ops.rice_decode.default, (qdata, lattice, 256, t.code))
     opcheck(ops.lattice_dequant.default, (codes, scale, lattice, torch.bfloat16))
 
 
@@ -47,29 +47,23 @@ def test_opcheck_linear(dtype, bias, scaled):
     x = torch.randn(3, 5, 512, dtype=dtype, requires_grad=True)
     b = torch.randn(6, dtype=dtype, requires_grad=True) if bias else None
     s = torch.rand(512).to(torch.bfloat16) if scaled else None
-    layout = ("e8", 256, t.rice_parameter, 3)
+    layout = ("e8", 256, t.code, 3)
     opcheck(ops.rice_linear.default, (x, qdata, s, b, *layout))
     opcheck(ops.rice_linear.default, (x.detach().transpose(0, 1).requires_grad_(), qdata, s, b, *layout))
     opcheck(ops.rice_linear_backward.default, (torch.randn(3, 5, 6, dtype=dtype), qdata, s, *layout, 512))
 
 
 @pytest.mark.parametrize("lattice", LATTICES)
-@pytest.mark.parametrize("bps", [2.0, 2.75, 3.0, 4.0, 5.0, 6.0])
-@pytest.mark.parametrize("tile", [128, 384, 512, 1408])
+@pytest.mark.parametrize("bps", [2.0, 2.75, 4.0, 6.0])
+@pytest.mark.parametrize("tile", [128, 1408])
 def test_rice_decode_equals_the_specification(lattice, bps, tile):
-    """On well-formed words and on any corruption of them."""
+    """Also in blocks, and on corrupt words."""
     layout = weight_layout(tile, bps, lattice, tile).tile
     codes, scale = quantize_tiles(torch.randn(40, tile), layout, start_rms(bps, lattice))
     words = encode_tiles(codes, scale, layout)
     words[20:] ^= torch.where(torch.rand(20, layout.words) < 0.05, 1 << torch.randint(0, 31, (20, layout.words)), 0).to(torch.int32)
-    words[30] = 0
-    words[31] = -1
-    words[32:36] = torch.randint(-(2**31), 2**31, (4, layout.words)).to(torch.int32)
-    words[36] = words[36].roll(1)
-    # the right number of ones, but on the wrong side of the wall
-    words[37, layout.raw_words] ^= 1 << 19
     expected, expected_scale = decode_tiles(words, layout)
-    found, found_scale = ops.rice_decode(words[:, None], lattice, tile, layout.rice_parameter)
+    found, found_scale = ops.rice_decode(words[:, None], lattice, tile, layout.code)
     assert torch.equal(found, expected)
     assert torch.equal(found_scale[:, 0], expected_scale)
     assert torch.equal(found[:20], codes[:20])
@@ -77,7 +71,7 @@ def test_rice_decode_equals_the_specification(lattice, bps, tile):
 
 def test_rice_decode_all_corrupt_is_finite():
     words = torch.randint(-(2**31), 2**31, (64, 2, 64)).to(torch.int32)
-    codes, scale = ops.rice_decode(words, "e8", 512, 2)
+    codes, scale = ops.rice_decode(words, "e8", 512, 32)
     assert ops.lattice_dequant(codes, scale, "e8", torch.float32).isfinite().all()
 
 
@@ -98,7 +92,7 @@ def test_rice_linear_is_a_linear_layer_of_the_dequantized_weight(features, latti
     weight = hadamard_ref(rotated, hadamard_block(256), 7, inverse=True)[:, :features] * s.double()
     x = torch.randn(4, 3, features).to(dtype)
     bias = torch.randn(33).to(dtype)
-    found = ops.rice_linear(x, qdata, s, bias, lattice, 256, t.rice_parameter, 7)
+    found = ops.rice_linear(x, qdata, s, bias, lattice, 256, t.code, 7)
     expected = x.double() @ weight.t() + bias.double()
     assert found.dtype == dtype and found.shape == (4, 3, 33)
     # accumulated in fp32 (fp64): one rounding to the output dtype, and sqrt(K) roundings of the sum
@@ -109,7 +103,7 @@ def test_rice_linear_is_a_linear_layer_of_the_dequantized_weight(features, latti
 @pytest.mark.parametrize("shape", [(512,), (1, 512), (0, 512), (2, 0, 512), (2, 3, 4, 512)])
 def test_rice_linear_leading_dimensions(shape):
     qdata, _, _, t = packed()
-    out = ops.rice_linear(torch.randn(shape), qdata, None, None, "e8", 256, t.rice_parameter, 0)
+    out = ops.rice_linear(torch.randn(shape), qdata, None, None, "e8", 256, t.code, 0)
     assert out.shape == (*shape[:-1], 6)
 
 
@@ -118,21 +112,25 @@ def test_rice_linear_gradients():
     x = torch.randn(3, 500, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(6, dtype=torch.float64, requires_grad=True)
     s = torch.rand(500).add_(0.5).to(torch.bfloat16)
-    assert torch.autograd.gradcheck(lambda x, b: ops.rice_linear(x, qdata, s, b, "e8", 256, t.rice_parameter, 1), (x, bias))
+    assert torch.autograd.gradcheck(lambda x, b: ops.rice_linear(x, qdata, s, b, "e8", 256, t.code, 1), (x, bias))
     assert torch.autograd.gradcheck(lambda x: ops.hadamard(x, 128, 1), torch.randn(2, 256, dtype=torch.float64, requires_grad=True))
 
 
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda q: ops.rice_decode(q.float(), "e8", 256, 2), TypeError, "qdata must be int32"),
-        (lambda q: ops.rice_decode(q[0], "e8", 256, 2), ValueError, "qdata must be .*, got shape"),
-        (lambda q: ops.rice_decode(q, "e9", 256, 2), ValueError, "lattice must be one of e8, d4, a2, z, got 'e9'"),
-        (lambda q: ops.rice_decode(q, "e8", 100, 2), ValueError, "tile must be a multiple of 128"),
-        (lambda q: ops.rice_decode(q[:, :, :12], "e8", 256, 2), ValueError, "words=12 is too few"),
-        (lambda q: ops.rice_linear(torch.randn(2, 256), q, None, None, "e8", 256, 2, 0), ValueError, "x must have between 257 and 512"),
-        (lambda q: ops.rice_linear(torch.ones(2, 512, dtype=torch.int32), q, None, None, "e8", 256, 2, 0), TypeError, "x must be floating"),
-        (lambda q: ops.rice_linear(torch.randn(2, 512), q, torch.ones(3), None, "e8", 256, 2, 0), ValueError, "act_pre_scale must have"),
+        (lambda q: ops.rice_decode(q.float(), "e8", 256, 32), TypeError, "qdata must be int32"),
+        (lambda q: ops.rice_decode(q[0], "e8", 256, 32), ValueError, "qdata must be .*, got shape"),
+        (lambda q: ops.rice_decode(q, "e9", 256, 32), ValueError, "lattice must be one of e8, d4, a2, z, got 'e9'"),
+        (lambda q: ops.rice_decode(q, "e8", 100, 32), ValueError, "tile must be a multiple of 128"),
+        (lambda q: ops.rice_decode(q[:, :, :12], "e8", 256, 32), ValueError, "words=12 is too few"),
+        (lambda q: ops.rice_linear(torch.randn(2, 256), q, None, None, "e8", 256, 32, 0), ValueError, "x must have between 257 and 512"),
+        (
+            lambda q: ops.rice_linear(torch.ones(2, 512, dtype=torch.int32), q, None, None, "e8", 256, 32, 0),
+            TypeError,
+            "x must be floating",
+        ),
+        (lambda q: ops.rice_linear(torch.randn(2, 512), q, torch.ones(3), None, "e8", 256, 32, 0), ValueError, "act_pre_scale must have"),
         (lambda q: ops.hadamard(torch.randn(2, 100), 64), ValueError, "multiple of block=64, got 100"),
         (lambda q: ops.hadamard(torch.randn(2, 96), 96), ValueError, "power of two, got 96"),
     ],
