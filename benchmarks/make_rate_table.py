@@ -66,7 +66,8 @@ def design(lattice: str, eighths: int, k: int, classes: int, x: torch.Tensor) ->
         floor = smallest_floor(even, odd)
         if floor is None:
             return None
-        row = rate_table.Rate(k, even, odd, floor, rms, 0.0)
+        zeros = huffman_lengths(quad_weights(even, odd, floor))[0]
+        row = rate_table.Rate(k, even, odd, floor, zeros, rms, 0.0)
         rate_table.RATE_TABLE[lattice][eighths] = row
         try:
             layout = TileLayout(lattice, TILE, eighths, TILE * eighths // 256)
@@ -87,7 +88,9 @@ def source() -> str:
         text.append(f'    "{lattice}": {{\n')
         for eighths, row in sorted(rates.items()):
             weights = f"{row.even}, {row.odd}" if row.even != row.odd else f"*(2 * ({row.even},))"
-            text.append(f"        {eighths}: Rate({row.rice_parameter}, {weights}, {row.floor}, {row.start_rms}, {row.snr_db}),\n")
+            text.append(
+                f"        {eighths}: Rate({row.rice_parameter}, {weights}, {row.floor}, {row.zeros_length}, {row.start_rms}, {row.snr_db}),\n"
+            )
         text.append("    },\n")
     return "".join(text) + "}\n"
 

@@ -41,7 +41,6 @@ Source.      HyperQuant, arXiv 2606.23406 (Rice coding and bit-stripping). Diffe
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -95,11 +94,11 @@ class TileLayout:
         if self.code not in codes:
             raise ValueError(f"code must be from {min(codes)} to {max(codes)} for lattice {self.lattice!r}, got {self.code!r}")
         # each region must hold its half of a tile of zeros wherever the wall stands
-        zeros = self.tile // QUAD * self.quotient_code.lengths[0]
+        zeros = self.tile // QUAD * self._rate.zeros_length
         if self.end - self.start < zeros + 2 * 8 * self.wall_unit:
             raise ValueError(f"words={self.words} is too few for tile={self.tile} with code={self.code}")
 
-    @functools.cached_property
+    @property
     def _rate(self) -> Rate:
         return RATE_TABLE[self.lattice][self.code]
 
