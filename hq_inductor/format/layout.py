@@ -48,7 +48,7 @@ import torch
 from .quotient_code import QUAD, TABLE_BITS, QuotientCode, on_device, quotient_code
 from .rate_table import RATE_TABLE, Rate
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 LATTICES = ("e8", "d4", "a2", "z")
 
 GROUP = 128  # coefficients whose raw bits interleave: 4 lanes x 4 vectors x 8 symbols
@@ -94,8 +94,7 @@ class TileLayout:
         if self.code not in codes:
             raise ValueError(f"code must be from {min(codes)} to {max(codes)} for lattice {self.lattice!r}, got {self.code!r}")
         # each region must hold its half of a tile of zeros wherever the wall stands
-        zeros = self.tile // QUAD * self._rate.zeros_length
-        if self.end - self.start < zeros + 2 * 8 * self.wall_unit:
+        if self.end - self.start < self.zeros_bits + 2 * 8 * self.wall_unit:
             raise ValueError(f"words={self.words} is too few for tile={self.tile} with code={self.code}")
 
     @property
@@ -137,6 +136,11 @@ class TileLayout:
     def codewords(self, device: torch.device) -> torch.Tensor:
         """Codewords of the quads on a device, `[classes^4]` int32, right-aligned."""
         return on_device(("codewords", self._rate.code_key), lambda: torch.tensor(self.quotient_code.codewords, dtype=torch.int32), device)
+
+    @property
+    def zeros_bits(self) -> int:
+        """Stream bits of a tile of zeros."""
+        return self.tile // QUAD * self._rate.zeros_length
 
     @property
     def groups(self) -> int:

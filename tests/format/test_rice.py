@@ -152,4 +152,4 @@ def test_format_is_frozen():
     assert found == FROZEN
 
 
-FROZEN = {"e8": "b8909537ca74a39b", "d4": "e4a823350db31d55", "a2": "cec8fa7fa49b85da", "z": "61ae5436543bc997"}
+FROZEN = {"e8": "2bca2f406d43e518", "d4": "05fd97c93ae32e27", "a2": "91898cf6b2069eaa", "z": "d8b28e94c2a18867"}
