@@ -51,6 +51,10 @@ if INTERPRETED:
         return c0 + d0, c1 + d1, c2 + d2, c3 + d3
 
     @triton.jit
+    def _count_in(pointer, table_address, thread):
+        return thread * 0 + tl.atomic_add(pointer, 1)
+
+    @triton.jit
     def _load_16(pointer):
         pointer = pointer.to(tl.pointer_type(tl.int32))
         return tl.load(pointer), tl.load(pointer + 1), tl.load(pointer + 2), tl.load(pointer + 3)
@@ -65,6 +69,25 @@ else:
             [a0, a1, a2, a3, b0, b1, c0, c1, c2, c3],
             (tl.int32, tl.int32, tl.int32, tl.int32),
             is_pure=True,
+            pack=1,
+        )
+
+    @triton.jit
+    def _count_in(pointer, table_address, thread):
+        """Add one to a counter, once per block; every thread gets the count before. Reuses the table's memory."""
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .pred first; .reg .b32 before;
+            setp.eq.u32 first, $3, 0;
+            @first atom.add.acq_rel.gpu.global.u32 before, [$1], 1;
+            @first st.shared.u32 [$2], before;
+            bar.sync 0;
+            ld.shared.u32 $0, [$2];
+            }""",
+            "=r,l,r,r",
+            [(pointer + thread * 0).to(tl.int64), table_address, thread],
+            tl.int32,
+            is_pure=False,
             pack=1,
         )
 
@@ -208,8 +231,8 @@ def linear_kernel(
         for b in tl.static_range(4 * BLOCKS):
             sums = sums + (tl.zeros([32 * NUM_WARPS], tl.int32),)
         for g in range(GROUPS):
-            stored_u, low1_u, low2_u, low3_u = raw_u
-            stored_v, low1_v, low2_v, low3_v = raw_v
+            stored_u, low1_u, low2_u, low3_u, low4_u = raw_u
+            stored_v, low1_v, low2_v, low3_v, low4_v = raw_v
             ahead_u = tl.where(g + 1 < GROUPS, tile_u + (g + 1) * (RAW // GROUPS), next_u)
             ahead_v = tl.where(g + 1 < GROUPS, tile_v + (g + 1) * (RAW // GROUPS), next_v)
             raw_u = load_raw(ahead_u, 0, j, K, LATTICE)
@@ -223,8 +246,8 @@ def linear_kernel(
                 f0, f1, first_v, second_v, x_v = next_quads(
                     first_v, second_v, x_v, stream_v, address_v, odd, table_ptr, table_address, SHIFT, STREAM, STAGED
                 )
-                a0, a2 = decode_vector(e0, e1, v, stored_u, signs_u, low1_u, low2_u, low3_u, K, SHIFT, LATTICE)
-                a1, a3 = decode_vector(f0, f1, v, stored_v, signs_v, low1_v, low2_v, low3_v, K, SHIFT, LATTICE)
+                a0, a2 = decode_vector(e0, e1, v, stored_u, signs_u, low1_u, low2_u, low3_u, low4_u, K, SHIFT, LATTICE)
+                a1, a3 = decode_vector(f0, f1, v, stored_v, signs_v, low1_v, low2_v, low3_v, low4_v, K, SHIFT, LATTICE)
                 if v % 2 == 0:
                     held0 = a0
                     held1 = a1
@@ -273,17 +296,18 @@ def linear_kernel(
                 tl.store(partial_ptr + (part * M_PAD + m).to(tl.int64) * N + row, totals[4 * b + i], mask=row < N)
         # all threads' parts are written before one thread counts the block in
         tl.debug_barrier()
-        done = tl.atomic_add(counter_ptr + block * tl.num_programs(2) + tl.program_id(2), 1, sem="acq_rel")
-        if done == SPLITS - 1:
-            for b in tl.static_range(BLOCKS):
-                for i in tl.static_range(4):
-                    row = row_u if i < 2 else row_v
-                    m = m0 + 8 * b + 2 * j + i % 2
-                    value = tl.zeros([32 * NUM_WARPS], tl.float32)
-                    for s in range(SPLITS):
-                        value += tl.load(
-                            partial_ptr + (s * M_PAD + m).to(tl.int64) * N + row, mask=(row < N) & (m < M), other=0.0, cache_modifier=".cg"
-                        )
-                    if HAS_BIAS:
-                        value += tl.load(bias_ptr + row, mask=row < N, other=0.0).to(tl.float32)
-                    tl.store(out_ptr + m.to(tl.int64) * N + row, value.to(out_ptr.dtype.element_ty), mask=(row < N) & (m < M))
+        done = _count_in(counter_ptr + block * tl.num_programs(2) + tl.program_id(2), table_address, thread)
+        # a mask, not a branch: a scalar would take Triton's own shared memory, which the table leaves no room for
+        last = done == SPLITS - 1
+        for b in tl.static_range(BLOCKS):
+            for i in tl.static_range(4):
+                row = row_u if i < 2 else row_v
+                m = m0 + 8 * b + 2 * j + i % 2
+                mask = last & (row < N) & (m < M)
+                value = tl.zeros([32 * NUM_WARPS], tl.float32)
+                for s in tl.static_range(SPLITS):
+                    # not from L1, which may hold what was there before
+                    value += tl.load(partial_ptr + (s * M_PAD + m).to(tl.int64) * N + row, mask=mask, other=0.0, cache_modifier=".cg")
+                if HAS_BIAS:
+                    value += tl.load(bias_ptr + row, mask=mask, other=0.0).to(tl.float32)
+                tl.store(out_ptr + m.to(tl.int64) * N + row, value.to(out_ptr.dtype.element_ty), mask=mask)

@@ -29,7 +29,7 @@ def load_header(tile_ptr, RAW: tl.constexpr, END: tl.constexpr, WALL_UNIT: tl.co
 
 @triton.jit
 def load_raw(tile_ptr, g, j, K: tl.constexpr, LATTICE: tl.constexpr):
-    """Signs and low-bit planes 1 to 3 (those beyond K - 1 repeat the signs) of group `g`, lane `j`."""
+    """Signs and low-bit planes 1 to 4 (those beyond K - 1 repeat the signs) of group `g`, lane `j`."""
     if LATTICE == "d4":
         group_ptr = tile_ptr + g * (4 * K - 1)
         s0 = tl.load(group_ptr)
@@ -45,13 +45,16 @@ def load_raw(tile_ptr, g, j, K: tl.constexpr, LATTICE: tl.constexpr):
     low1 = signs
     low2 = signs
     low3 = signs
+    low4 = signs
     if K >= 2:
         low1 = tl.load(low_ptr + 1)
     if K >= 3:
         low2 = tl.load(low_ptr + 2)
     if K >= 4:
         low3 = tl.load(low_ptr + 3)
-    return signs, low1, low2, low3
+    if K >= 5:
+        low4 = tl.load(low_ptr + 4)
+    return signs, low1, low2, low3, low4
 
 
 @triton.jit
@@ -115,10 +118,10 @@ def next_quads(
     """Table entries of the lane's next vector; returns them and the window's words and cursor after it."""
     window = funnel_left(first, second, x)
     entry0 = look_up(table_ptr, table_address, shift_right(window, 20))
-    length0 = entry0 >> (SHIFT + 3)
+    length0 = shift_right(entry0, SHIFT + 3)
     window = shift_left_wrap(window, length0)
     entry1 = look_up(table_ptr, table_address, shift_right(window, 20))
-    after = x + (length0 & 15) + ((entry1 >> (SHIFT + 3)) & 15)
+    after = x + (length0 & 15) + (shift_right(entry1, SHIFT + 3) & 15)
     word = read_word(stream_ptr, lane_address, after, odd, STREAM_WORDS, STAGED)
     # at most 24 bits are used up, so the window moves on by at most one word
     first = tl.where(((after ^ x) & 32) != 0, second, first)
@@ -126,19 +129,23 @@ def next_quads(
 
 
 @triton.jit
-def _half(entry, bit: tl.constexpr, signs, low1, low2, low3, complement, K: tl.constexpr, SHIFT: tl.constexpr, LATTICE: tl.constexpr):
+def _half(entry, bit: tl.constexpr, signs, low1, low2, low3, low4, complement, K: tl.constexpr, SHIFT: tl.constexpr, LATTICE: tl.constexpr):
     """Four codes from their quotients' entry and bit `bit` of every byte of the raw words; `complement` is all ones for odd e8 vectors."""
     unit: tl.constexpr = SHIFT - K + 1  # place of the lowest magnitude bit in a code: 1 for e8, else 0
     sign = spread_signs(signs << (7 - bit))
     if unit == 1:
         sign = (sign & -0x01010102) ^ complement
-    codes = (entry & (0x07070707 << SHIFT)) ^ sign
+    # quotients have three bits, or two where a code's byte has no room for more
+    mask: tl.constexpr = 0x07070707 << SHIFT if SHIFT < 5 else 0x03030303 << SHIFT
+    codes = (entry & mask) ^ sign
     if K >= 2:
         codes = codes ^ (_align(low1, bit, unit) & (0x01010101 << unit))
     if K >= 3:
         codes = codes ^ (_align(low2, bit, unit + 1) & (0x01010101 << (unit + 1)))
     if K >= 4:
         codes = codes ^ (_align(low3, bit, unit + 2) & (0x01010101 << (unit + 2)))
+    if K >= 5:
+        codes = codes ^ (_align(low4, bit, unit + 3) & (0x01010101 << (unit + 3)))
     if LATTICE == "a2":
         codes = (codes & 0x00FF00FF) | ((codes << 1) & -0x01FF0200) | ((codes & 0x00010001) << 8)
     return codes
@@ -155,7 +162,7 @@ def _align(x, bit: tl.constexpr, place: tl.constexpr):
 
 @triton.jit
 def decode_vector(
-    entry0, entry1, v: tl.constexpr, stored, signs, low1, low2, low3, K: tl.constexpr, SHIFT: tl.constexpr, LATTICE: tl.constexpr
+    entry0, entry1, v: tl.constexpr, stored, signs, low1, low2, low3, low4, K: tl.constexpr, SHIFT: tl.constexpr, LATTICE: tl.constexpr
 ):
     """Codes of vector `v` (0 to 3) of a group: symbols 0 to 3 and 4 to 7, four int8 each.
 
@@ -171,6 +178,6 @@ def decode_vector(
         elif LATTICE == "d4":
             signs = signs ^ (parity(entry0 & (0x01010101 << SHIFT)) << (24 + 2 * v))
             signs = signs ^ (parity(entry1 & (0x01010101 << SHIFT)) << (25 + 2 * v))
-    low = _half(entry0, 2 * v, signs, low1, low2, low3, complement, K, SHIFT, LATTICE)
-    high = _half(entry1, 2 * v + 1, signs, low1, low2, low3, complement, K, SHIFT, LATTICE)
+    low = _half(entry0, 2 * v, signs, low1, low2, low3, low4, complement, K, SHIFT, LATTICE)
+    high = _half(entry1, 2 * v + 1, signs, low1, low2, low3, low4, complement, K, SHIFT, LATTICE)
     return low, high
