@@ -1,8 +1,8 @@
 """Compute `hq_inductor/format/rate_table.py`: Rice parameter, quotient code and starting scale of every (lattice, rate).
 
 For each rate and each (Rice parameter, number of quotient classes) the distribution of the quotients that the default effort chooses on
-N(0, 1) is found at the scale where tiles come to rest, the Huffman code is made from it, and the pair with the highest SNR is kept. Run from
-the repository root: `python benchmarks/make_rate_table.py` (about two minutes).
+N(0, 1) is found at the scale where tiles come to rest, the Huffman code is made from it, and the pair with the highest SNR is kept. Run
+from the repository root: `python benchmarks/make_rate_table.py` (about two minutes).
 """
 
 from __future__ import annotations

@@ -5,8 +5,14 @@
 `--model` is a directory of a Hugging Face causal language model, `--text` any text it should predict; a model without a tokenizer and with
 a vocabulary of 256 reads bytes. Text is cut into `--sequences` windows of `--length` tokens, evenly spaced over the file. All linear layers
 but the output head are quantized (`--head` includes it), by ours and by the peers of `peers.py`, each at its true rate. Weights are what a
-decoder gets back from the packed words; the model then runs in float32. Prints a table and writes `perplexity.json` and `perplexity.png`
-to `--output`. Logits of the unquantized model stay in memory (4 bytes x tokens x vocabulary).
+decoder gets back from the packed words; the model then runs in float32.
+
+Variants of ours: `plain` as `hyperquant_weight(bps)` does it, `balanced` after `balance_columns`, `mixed` with `allocate_rates` on top,
+both on eight windows between the measured ones. `--arithmetic` also quantizes activations, in the rotated domain, as matrix units
+with that format would (per token for int8 and fp8; nvfp4 and mxfp4 in blocks, weights re-quantized too).
+
+Prints a table and writes `perplexity.json` and `perplexity.png` to `--output`. Logits of the unquantized model stay in memory (4 bytes x
+tokens x vocabulary).
 """
 
 from __future__ import annotations
@@ -22,14 +28,18 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from peers import PEERS, Peer
+from peers import MXFP4, NVFP4, PEERS, Peer
 from torch import nn
 from torchao.quantization import quantize_
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from hq_inductor import HyperQuantLinear, hyperquant_weight, quantization_report
+from hq_inductor import HyperQuantLinear, allocate_rates, balance_columns, hyperquant_weight, quantization_report
+from hq_inductor.format.hadamard import hadamard_block, hadamard_ref
+
+VARIANTS = ("plain", "balanced", "mixed")
+CALIBRATION_WINDOWS = 8
 
 
 @dataclass(frozen=True)
@@ -62,28 +72,76 @@ def linear_names(model: nn.Module, head: bool) -> list[str]:
     return [name for name, module in model.named_modules() if type(module) is nn.Linear and (head or module is not output)]
 
 
-def with_dense_weights(model: nn.Module) -> nn.Module:
+def _int8(x: torch.Tensor) -> torch.Tensor:
+    scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
+    return torch.round(x / scale) * scale
+
+
+def _fp8(x: torch.Tensor) -> torch.Tensor:
+    scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 448
+    return (x / scale).to(torch.float8_e4m3fn).to(torch.float32) * scale
+
+
+# (activations, weights) by arithmetic: int8 and fp8 (up to its 4 significant bits) multiply lattice codes; the FP4 units need other weights
+ARITHMETIC: dict[str, tuple[Callable, Callable]] = {
+    "float": (lambda x: x, lambda w: w),
+    "int8": (_int8, lambda w: w),
+    "fp8": (_fp8, lambda w: w),
+    "nvfp4": (NVFP4.quantize, NVFP4.quantize),
+    "mxfp4": (MXFP4.quantize, MXFP4.quantize),
+}
+
+
+class RotatedLinear(nn.Module):
+    """What a linear layer computes on matrix units: both factors rotated, activations in a narrow format."""
+
+    def __init__(self, module: HyperQuantLinear, arithmetic: str) -> None:
+        super().__init__()
+        self.block, self.seed, self.bias = hadamard_block(module.tile), module.seed, module.bias
+        self.scale = module.act_pre_scale
+        self.narrow_activations, narrow_weights = ARITHMETIC[arithmetic]
+        codes, scale = torch.ops.hyperquant.rice_decode(module.qdata, module.lattice, module.tile, module.code)
+        rotated = torch.ops.hyperquant.lattice_dequant(codes, scale, module.lattice, torch.float32)
+        self.register_buffer("weight", narrow_weights(rotated))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x if self.scale is None else x * self.scale
+        rotated = hadamard_ref(F.pad(x, (0, self.weight.shape[1] - x.shape[-1])), self.block, self.seed)
+        return F.linear(self.narrow_activations(rotated), self.weight, self.bias)
+
+
+def with_dense_weights(model: nn.Module, arithmetic: str = "float") -> nn.Module:
     """Replace quantized layers by plain ones with the weights that decoding gives; the same function, faster on a CPU."""
     for name, module in list(model.named_modules()):
         if isinstance(module, HyperQuantLinear):
-            linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-            linear.weight.data, linear.bias = module.weight.dequantize(), module.bias
-            model.set_submodule(name, linear)
+            if arithmetic == "float":
+                dense = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+                dense.weight.data, dense.bias = module.weight.dequantize(), module.bias
+            else:
+                dense = RotatedLinear(module, arithmetic)
+            model.set_submodule(name, dense)
     return model
 
 
-def ours(names: list[str], **arguments) -> Method:
-    """`hyperquant_weight(**arguments)` on the named layers."""
-    config = hyperquant_weight(**arguments)
-    extras = [f"{key}={value}" for key, value in arguments.items() if key not in ("bps", "lattice")]
+def ours(names: list[str], calibration: list[torch.Tensor], variant: str, arithmetic: str = "float", **arguments) -> Method:
+    """`hyperquant_weight(**arguments)` on the named layers, in one of `VARIANTS`."""
+
+    def chosen(module: nn.Module, name: str) -> bool:
+        return name in names
 
     def apply(model: nn.Module) -> float:
-        quantize_(model, config, filter_fn=lambda module, name: name in names)
+        if variant != "plain":
+            balance_columns(model, calibration, chosen)
+        if variant == "mixed":
+            quantize_(model, allocate_rates(model, batches=calibration, filter_fn=chosen, **arguments), filter_fn=None)
+        else:
+            quantize_(model, hyperquant_weight(**arguments), filter_fn=chosen)
         bits = quantization_report(model).bits_per_weight
-        with_dense_weights(model)
+        with_dense_weights(model, arithmetic)
         return bits
 
-    return Method(" ".join([config.lattice, f"{config.bps:g}", *extras]), apply)
+    name = f"{arguments.get('lattice', 'e8')} {variant}"
+    return Method(name if arithmetic == "float" else f"{name} {arithmetic}", apply)
 
 
 def theirs(names: list[str], peer: Peer) -> Method:
@@ -99,8 +157,10 @@ def theirs(names: list[str], peer: Peer) -> Method:
     return Method(peer.name, apply)
 
 
-def read_windows(model_path: Path, text: Path, vocabulary: int, sequences: int, length: int) -> tuple[torch.Tensor, float]:
-    """Tokens `[sequences, length + 1]` evenly spaced over the text, and bytes per token."""
+def read_windows(
+    model_path: Path, text: Path, vocabulary: int, sequences: int, length: int
+) -> tuple[torch.Tensor, list[torch.Tensor], float]:
+    """Tokens `[sequences, length + 1]` evenly spaced over the text, inputs `[2, length]` for calibration, and bytes per token."""
     data = text.read_bytes()
     if (model_path / "tokenizer_config.json").exists():
         tokens = AutoTokenizer.from_pretrained(model_path)(data.decode(errors="replace"), return_tensors="pt", verbose=False).input_ids[0]
@@ -111,7 +171,10 @@ def read_windows(model_path: Path, text: Path, vocabulary: int, sequences: int, 
     if len(tokens) < length + 1:
         raise SystemExit(f"{text} must have more than {length} tokens, got {len(tokens)}")
     starts = torch.linspace(0, len(tokens) - length - 1, sequences).to(torch.int64)
-    return tokens[starts[:, None] + torch.arange(length + 1)], len(data) / len(tokens)
+    # between two windows, where the text is long enough for that
+    middle = ((starts[1:] + starts[:-1]) // 2)[:: max(1, (sequences - 1) // CALIBRATION_WINDOWS)][:CALIBRATION_WINDOWS]
+    calibration = tokens[middle[:, None] + torch.arange(length)]
+    return tokens[starts[:, None] + torch.arange(length + 1)], list(calibration.split(2)), len(data) / len(tokens)
 
 
 @torch.inference_mode()
@@ -171,11 +234,9 @@ def plot(results: list[Result], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5.5))
-    own = {"e8", "d4", "a2", "z"}
     curves: dict[str, list[Result]] = {}
     for r in results:
-        head, *rest = r.method.split(" ")
-        curves.setdefault(" ".join([head, *rest[1:]]) if head in own else r.method, []).append(r)
+        curves.setdefault(r.method, []).append(r)
     for label, curve in curves.items():
         curve = sorted(curve, key=lambda r: r.bits_per_weight)
         axes.plot([r.bits_per_weight for r in curve], [r.kl for r in curve], "o-" if len(curve) > 1 else "s", label=label, markersize=4)
@@ -195,18 +256,24 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="windows per forward pass (default 8)")
     parser.add_argument("--bps", type=float, nargs="+", default=[2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0], help="our rates")
     parser.add_argument("--lattices", nargs="+", default=["e8"], help="our lattices (default e8)")
+    parser.add_argument("--variants", nargs="+", default=["plain", "balanced", "mixed"], choices=VARIANTS)
+    parser.add_argument("--arithmetic", nargs="+", default=["float"], choices=ARITHMETIC, help="formats of activations (default float)")
+    parser.add_argument("--effort", type=int, default=1, help="encoder's effort, 0 to 2 (default 1)")
     parser.add_argument("--no-peers", action="store_true", help="measure ours only")
     parser.add_argument("--head", action="store_true", help="quantize the output head too")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder for the plot and the JSON")
     args = parser.parse_args()
     transformers_logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    windows, bytes_per_token = read_windows(args.model, args.text, model.config.vocab_size, args.sequences, args.length)
+    windows, calibration, bytes_per_token = read_windows(args.model, args.text, model.config.vocab_size, args.sequences, args.length)
     names = linear_names(model, args.head)
-    methods = []
-    for lattice in args.lattices:
-        for balance in (False, True):
-            methods += [ours(names, bps=bps, lattice=lattice, balance_columns=balance) for bps in args.bps]
+    methods = [
+        ours(names, calibration, variant, arithmetic, bps=bps, lattice=lattice, effort=args.effort)
+        for arithmetic in args.arithmetic
+        for lattice in args.lattices
+        for variant in args.variants
+        for bps in args.bps
+    ]
     if not args.no_peers:
         methods += [theirs(names, peer) for peer in PEERS]
     evaluation = Evaluation(model, windows, bytes_per_token, args.batch)

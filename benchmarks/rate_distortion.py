@@ -36,19 +36,21 @@ class Point:
         return self.bits_per_weight - self.snr_db / shannon_snr_db(1)
 
 
-def ours(weight: torch.Tensor, lattice: str, bps: float) -> Point:
+def ours(weight: torch.Tensor, lattice: str, effort: int, bps: float) -> Point:
     """What a decoder gets back from the packed words."""
-    packed = HyperQuantTensor.from_hp(weight, bps=bps, lattice=lattice)
-    return Point(lattice, packed.bits_per_weight, snr_db(weight, packed.dequantize()))
+    packed = HyperQuantTensor.from_hp(weight, bps=bps, lattice=lattice, effort=effort)
+    return Point(f"{lattice} effort {effort}", packed.bits_per_weight, snr_db(weight, packed.dequantize()))
 
 
-def measure(rows: int, columns: int, step: float, lattices: list[str]) -> list[Point]:
+def measure(rows: int, columns: int, step: float, lattices: list[str], efforts: list[int]) -> list[Point]:
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
     jobs = []
     for lattice in lattices:
-        multiples = (step * i for i in range(1, int(MAX_BPS / step) + 1))
-        jobs += [(lattice, bps) for bps in sorted({MIN_BPS[lattice], *(b for b in multiples if b > MIN_BPS[lattice])})]
-    points = [ours(weight, lattice, bps) for lattice, bps in tqdm(jobs, desc="ours")]
+        multiples = [step * i for i in range(1, int(MAX_BPS / step) + 1)]
+        # efforts differ alike in all lattices; the default suffices but for the best lattice
+        for effort in efforts if lattice == "e8" else [1]:
+            jobs += [(lattice, effort, bps) for bps in sorted({MIN_BPS[lattice], *(b for b in multiples if b > MIN_BPS[lattice])})]
+    points = [ours(weight, *job) for job in tqdm(jobs, desc="ours")]
     for peer in tqdm(PEERS, desc="peers"):
         points.append(Point(peer.name, peer.bits_per_weight(columns), snr_db(weight, peer.quantize(weight))))
     points += [Point("trellis (quoted)", bits, snr) for bits, snr in TRELLIS_SNR_DB.items()]
@@ -91,9 +93,10 @@ def main() -> None:
     parser.add_argument("--columns", type=int, default=4096, help="multiple of 128 (default 4096)")
     parser.add_argument("--step", type=float, default=0.25, help="distance of our rates, a multiple of 1/8 (default 0.25)")
     parser.add_argument("--lattices", nargs="+", default=list(LATTICES), choices=LATTICES)
+    parser.add_argument("--efforts", type=int, nargs="+", default=[0, 1, 2], help="encoder's efforts for e8 (default 0 1 2)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder for the plot and the JSON")
     args = parser.parse_args()
-    points = measure(args.rows, args.columns, args.step, args.lattices)
+    points = measure(args.rows, args.columns, args.step, args.lattices, args.efforts)
     args.output.mkdir(parents=True, exist_ok=True)
     data = {
         "torch": torch.__version__,

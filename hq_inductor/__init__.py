@@ -1,6 +1,7 @@
 """HyperQuant for torch.compile: entropy-coded lattice weights at an exact rate, as torchao tensors."""
 
 from . import ops
+from .allocate import allocate_rates
 from .balance import BalancedGroup, balance_columns
 from .module import HyperQuantLinear
 from .quantize import HyperQuantWeightConfig, hyperquant_weight
@@ -15,6 +16,7 @@ __all__ = [
     "HyperQuantTensor",
     "HyperQuantWeightConfig",
     "QuantizationReport",
+    "allocate_rates",
     "balance_columns",
     "hyperquant_weight",
     "ops",

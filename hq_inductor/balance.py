@@ -127,8 +127,8 @@ class _Observer:
         return (self.squares[leader] / self.rows[leader]).sqrt()
 
 
-def _call(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Run the model and return its first floating-point tensor."""
+def run_model(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, bool]:
+    """Run the model on a batch; its `logits` and True, or its first floating-point tensor and False."""
     if isinstance(batch, Mapping):
         output = model(**batch)
     elif isinstance(batch, tuple):
@@ -136,9 +136,11 @@ def _call(model: nn.Module, batch: Batch) -> torch.Tensor:
     else:
         output = model(batch)
     if isinstance(output, torch.Tensor):
-        return output
+        return output, False
+    if isinstance(output, Mapping) and isinstance(output.get("logits"), torch.Tensor):
+        return output["logits"], True
     values = output.values() if isinstance(output, Mapping) else output
-    return next(v for v in values if isinstance(v, torch.Tensor) and v.dtype.is_floating_point)
+    return next(v for v in values if isinstance(v, torch.Tensor) and v.dtype.is_floating_point), False
 
 
 # (writer, reader) among the children of one module: rows of the first reach the columns of the second through products and averages only
@@ -230,7 +232,7 @@ def balance_columns(
     observer = _Observer(model, names)
     try:
         for index, batch in enumerate(batches):
-            output = _call(model, batch)
+            output, _ = run_model(model, batch)
             if index == 0:
                 expected = output
     finally:
@@ -254,7 +256,7 @@ def balance_columns(
     folded_into = {}
     for members in folds.values():
         saved = [pair for fold in members for pair in fold.apply(model)]
-        if _same(expected, _call(model, batches[0])):
+        if _same(expected, run_model(model, batches[0])[0]):
             folded_into.update({fold.linears: fold.writer for fold in members})
         else:
             # last change first: one norm may be in the list twice

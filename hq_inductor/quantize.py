@@ -69,7 +69,8 @@ def hyperquant_weight(
     return HyperQuantWeightConfig(bps, lattice, tile, seed, balance_columns, max_padding, effort)
 
 
-def _why_left_alone(in_features: int, config: HyperQuantWeightConfig) -> str | None:
+def why_left_alone(in_features: int, config: HyperQuantWeightConfig) -> str | None:
+    """The reason not to quantize a layer, or None."""
     layout = weight_layout(in_features, config.bps, config.lattice, config.tile)
     if layout.padding > config.max_padding:
         return (
@@ -88,7 +89,7 @@ def _quantize_module(module: nn.Module, config: HyperQuantWeightConfig, *, param
         raise TypeError(f"{type(module).__name__}.{parameter_name} must be floating point, got {weight.dtype}")
     if weight.dim() != 2:
         raise ValueError(f"{type(module).__name__}.{parameter_name} must be a matrix, got shape {tuple(weight.shape)}")
-    reason = _why_left_alone(weight.shape[1], config)
+    reason = why_left_alone(weight.shape[1], config)
     if reason is not None:
         warnings.warn(f"{module}: {parameter_name} left unquantized: {reason}", stacklevel=2)
         return module

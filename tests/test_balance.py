@@ -19,7 +19,7 @@ KINDS = {
 }
 
 
-def llama() -> LlamaForCausalLM:
+def llama(size: float = 0.1) -> LlamaForCausalLM:
     """Grouped-query attention, and channels of very different size."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -30,7 +30,7 @@ def llama() -> LlamaForCausalLM:
         num_key_value_heads=2,
         head_dim=64,
         vocab_size=300,
-        initializer_range=0.1,
+        initializer_range=size,
     )
     model = LlamaForCausalLM(config).eval()
     for name, parameter in model.named_parameters():

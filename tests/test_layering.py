@@ -8,7 +8,7 @@ import pytest
 import hq_inductor
 
 ROOT = Path(hq_inductor.__file__).parent
-FLOORS = ("format", "ops", "tensor", "passes", "balance", "module", "quantize", "report", "")
+FLOORS = ("format", "ops", "tensor", "passes", "balance", "module", "quantize", "allocate", "report", "")
 
 
 def floor(module: str) -> int:

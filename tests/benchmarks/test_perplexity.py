@@ -33,7 +33,8 @@ def evaluation(model_path):
     text = model_path / "text.txt"
     text.write_bytes(bytes(range(256)) * 4)
     model = LlamaForCausalLM.from_pretrained(model_path).eval()
-    windows, bytes_per_token = perplexity.read_windows(model_path, text, 256, sequences=6, length=32)
+    windows, calibration, bytes_per_token = perplexity.read_windows(model_path, text, 256, sequences=6, length=32)
+    assert [tuple(batch.shape) for batch in calibration] == [(2, 32), (2, 32), (1, 32)]
     assert bytes_per_token == 1 and windows.shape == (6, 33)
     assert windows[0].tolist() == list(range(33)) and (windows[:, 1:] - windows[:, :-1]).remainder(256).eq(1).all()
     return perplexity.Evaluation(model, windows, bytes_per_token, batch=4)
@@ -70,7 +71,24 @@ def test_command(model_path, evaluation, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["perplexity.py", "--model", str(model_path), "--text", text, "--no-peers", *arguments])
     perplexity.main()
     results = json.loads((tmp_path / "perplexity.json").read_text())["results"]
-    plain = [r for r in results if "balance_columns=False" in r["method"]]
-    assert [r["bits_per_weight"] for r in plain] == [3, 5] and plain[0]["kl"] > 4 * plain[1]["kl"] > 0
+    for variant in ("plain", "balanced", "mixed"):
+        low, high = (r for r in results if r["method"] == f"e8 {variant}")
+        assert low["bits_per_weight"] <= 3 < high["bits_per_weight"] <= 5 and low["kl"] > 4 * high["kl"] > 0
     assert (tmp_path / "perplexity.png").stat().st_size > 1000
     assert capsys.readouterr().out.count("| e8 ") == len(results)
+
+
+def test_narrow_activations(evaluation):
+    """int8 activations cost little, fp8 more; without narrowing, the rotated layer is the layer."""
+    names = perplexity.linear_names(evaluation.model, head=False)
+    kl = {}
+    for arithmetic in perplexity.ARITHMETIC:
+        kl[arithmetic] = evaluation.run(perplexity.ours(names, [], "plain", arithmetic, bps=6.0)).kl
+    assert kl["float"] < kl["int8"] < kl["fp8"] < kl["nvfp4"] < kl["mxfp4"]
+
+    model = torch.nn.Sequential(torch.nn.Linear(256, 64))
+    x = torch.randn(5, 256)
+    perplexity.quantize_(model, perplexity.hyperquant_weight(bps=4))
+    expected = model(x)
+    rotated = perplexity.RotatedLinear(model[0], "float")
+    torch.testing.assert_close(rotated(x), expected, rtol=1e-4, atol=1e-5)
