@@ -1,12 +1,14 @@
 """Mixed rates: bits go to the layers whose error the model's output feels most, at a byte budget that is met exactly or just missed.
 
 Definition.  The expected damage is taken as a sum over layers, `sum_l s_l D(r_l)`: D the relative squared error of a lattice at a rate
-             (from the rate table), `s_l` the layer's sensitivity. From the lowest rates on, the step that lowers the sum most per byte is taken,
-             until none fits.
-             Without data, `s_l = 1`: relative errors of layers count alike, so small matrices get more bits than large ones.
-             With data, `s_l` comes from the second-order expansion of the KL divergence for white noise: half the trace of the Fisher
-             information of the layer's weights, weighted by the rows' mean squares. `E |d log p(y) / d W|^2` over outputs y drawn from
-             the model itself is that trace, so a few backward passes serve all layers. Models without logits: squared output error.
+             (from the rate table), `s_l` the layer's sensitivity. From the lowest rates on, the step that lowers the sum most per byte is
+             taken, until none fits.
+             `s_l` comes from the second-order expansion of the KL divergence for white noise: half the trace of the Fisher information of
+             the layer's weights, weighted by the rows' mean squares. `E |d log p(y) / d W|^2` over outputs y drawn from the model itself
+             is that trace, so a few backward passes serve all layers. Models without logits: squared output error.
+Limits.      The expansion holds for small noise. Measured on a 24M language model, layer by layer: right within a factor of 2 at 4 bps, but
+             up to 14 times too low for early layers at 2 bps. Hence rates stay near the average by default. Equal sensitivities, which need
+             no data, did worse than one rate for all on that model, so there is no such mode.
 Source.      Linearity of the damage in the layers' relative errors: HIGGS, arXiv 2411.17525. Fisher trace as sensitivity: HAWQ-V2,
              arXiv 1911.03852, and SqueezeLLM, arXiv 2306.07629. Rate allocation by equal slopes: Shoham and Gersho, 1988.
 """
@@ -126,11 +128,11 @@ def _choices(module: nn.Linear, lattice: str, low: float, high: float) -> list[t
 def allocate_rates(
     model: nn.Module,
     bps: float,
-    batches: Iterable[Batch] | None = None,
+    batches: Iterable[Batch],
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     lattice: str = "e8",
     min_bps: float | None = None,
-    max_bps: float = MAX_BPS,
+    max_bps: float | None = None,
     **config,
 ) -> FqnToConfig:
     """A rate for every linear layer, at an average rate: `quantize_(model, allocate_rates(model, 3.5, batches), filter_fn=None)`.
@@ -138,10 +140,10 @@ def allocate_rates(
     Args:
         model: not yet quantized; after `balance_columns`, if that is used.
         bps: average bits per weight of the layers in the result, everything included; any number within the lattice's rates.
-        batches: a few inputs (tensor, tuple or dict of keyword arguments) to measure sensitivities on; None goes by sizes alone.
+        batches: a few inputs (tensor, tuple or dict of keyword arguments), without padding, to measure sensitivities on.
         filter_fn: `(module, name) -> bool`, which layers to quantize; None takes every `nn.Linear`.
         lattice, config: as in `hyperquant_weight`.
-        min_bps, max_bps: limits of a layer's rate; None is the lattice's lowest.
+        min_bps, max_bps: limits of a layer's rate; None is 3/8 below the average and 1 above.
 
     Returns:
         An `FqnToConfig` from layer names to `HyperQuantWeightConfig`s, to read, edit and pass to `quantize_` with `filter_fn=None`.
@@ -150,8 +152,10 @@ def allocate_rates(
     Raises:
         ValueError: no layer is left, or `bps` lies below what the lowest rates take.
     """
-    low = MIN_BPS[lattice] if min_bps is None else min_bps
-    for rate in (low, max_bps):
+    check_rate(math.floor(8 * bps) / 8, lattice)
+    low = max(MIN_BPS[lattice], math.floor(8 * bps - 3) / 8) if min_bps is None else min_bps
+    high = min(MAX_BPS, math.ceil(8 * bps + 8) / 8) if max_bps is None else max_bps
+    for rate in (low, high):
         check_rate(rate, lattice)
     modules, fixed = {}, 0
     for name, module in model.named_modules():
@@ -164,9 +168,9 @@ def allocate_rates(
     if not modules:
         raise ValueError("model must have a linear layer to allocate a rate to, got none")
     weights = sum(module.weight.numel() for module in modules.values())
-    sensitivity = dict.fromkeys(modules, 1.0) if batches is None else measure_sensitivity(model, batches, modules)
+    sensitivity = measure_sensitivity(model, batches, modules)
 
-    choices = {name: _choices(module, lattice, low, max_bps) for name, module in modules.items()}
+    choices = {name: _choices(module, lattice, low, high) for name, module in modules.items()}
     left = math.floor(bps * weights / 8) - fixed - sum(options[0][1] for options in choices.values())
     if left < 0:
         raise ValueError(f"bps must be at least {bps - 8 * left / weights:.4f} for these layers and min_bps={low}, got {bps}")
