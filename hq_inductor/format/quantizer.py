@@ -89,7 +89,7 @@ def _finest_scale(
     rows = torch.arange(x.shape[0], device=x.device)
     empty = layout.end - layout.start - layout.zeros_bits
     for _ in range(_MAX_ITERATIONS):
-        if not x.is_cuda:
+        if x.device.type == "cpu":
             rows = rows[((best[rows] - failed[rows]) > 1) & (best[rows] > 0)]
             if rows.numel() == 0:
                 break

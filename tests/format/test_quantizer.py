@@ -54,6 +54,15 @@ def test_more_effort_never_costs_quality_on_tiles_with_heavy_tails(lattice, bps)
     assert snrs[1] > snrs[0] - 0.05 and snrs[2] > snrs[1]
 
 
+@pytest.mark.parametrize("lattice", LATTICES)
+@pytest.mark.parametrize("effort", [0, 1, 2])
+def test_no_host_sync(lattice, effort):
+    """Traced on the meta device, where reading a value or a data-dependent shape raises: what runs on CUDA."""
+    layout = weight_layout(256, 3.0, lattice, 256).tile
+    codes, scale = quantize_tiles(torch.empty(10, 256, device="meta"), layout, start_rms(3.0, lattice), effort)
+    assert (codes.shape, codes.dtype) == ((10, 256), torch.int8) and (scale.shape, scale.dtype) == ((10,), torch.float32)
+
+
 def test_effort_is_checked():
     for effort in (-1, 3, True):
         with pytest.raises(ValueError, match=f"effort must be 0, 1 or 2, got {effort}"):
