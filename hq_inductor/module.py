@@ -51,7 +51,7 @@ class HyperQuantLinear(nn.Linear):
             self._parameters[name] = None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=False)
         self.weight_dtype = weight.dtype
         self.bps, self.lattice, self.tile = weight.bps, weight.lattice, weight.tile
-        self.code, self.seed, self.format_version = weight.code, weight.seed, weight.format_version
+        self.code, self.seed, self.format_version, self.mma = weight.code, weight.seed, weight.format_version, weight.mma
 
     @property
     def weight(self) -> HyperQuantTensor:
@@ -68,6 +68,7 @@ class HyperQuantLinear(nn.Linear):
             self.seed,
             self.weight_dtype,
             format_version=self.format_version,
+            mma=self.mma,
             act_pre_scale=act_pre_scale,
         )
 
@@ -83,7 +84,7 @@ class HyperQuantLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return torch.ops.hyperquant.rice_linear(
-            input, self.qdata, self.act_pre_scale, self.bias, self.lattice, self.tile, self.code, self.seed
+            input, self.qdata, self.act_pre_scale, self.bias, self.lattice, self.tile, self.code, self.seed, self.mma
         )
 
     def _apply(self, fn, recurse: bool = True):

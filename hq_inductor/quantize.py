@@ -11,6 +11,7 @@ from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
 from torchao.quantization.transform_module import register_quantize_module_handler
 
 from .balance import column_scale
+from .format.mma import check_mma
 from .format.quantizer import check_effort
 from .format.rates import MAX_PADDING, check_rate, check_tile, weight_layout
 from .module import HyperQuantLinear
@@ -29,6 +30,8 @@ class HyperQuantWeightConfig(AOBaseConfig):
         balance_columns: divide each weight column by the square root of its size, and multiply the activation by it, which lowers the
             output error where columns differ. Adds 16 bits per column (16 / out_features bits per weight). The function
             `hq_inductor.balance_columns` knows the activations too and mostly adds no bits; its layers ignore this switch.
+        mma: number format of the products: `"auto"` (fastest that is no less accurate than int8), `"int8"`, `"fp8"`, `"bf16"`,
+            `"nvfp4"` or `"mxfp4"`; see `hq_inductor.format.mma`.
         max_padding: layers whose columns need more padding than this share are left alone, with a warning.
         effort: 0, 1 or 2, how hard the encoder tries (`HyperQuantTensor.from_hp`); decoding is the same.
 
@@ -42,12 +45,14 @@ class HyperQuantWeightConfig(AOBaseConfig):
     seed: int = 0
     balance_columns: bool = False
     max_padding: float = MAX_PADDING
+    mma: str = "auto"
     effort: int = 1
 
     def __post_init__(self) -> None:
         check_rate(self.bps, self.lattice)
         check_tile(self.tile)
         check_effort(self.effort)
+        check_mma(self.mma)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**31:
             raise ValueError(f"seed must be an integer from 0 to 2**31 - 1, got {self.seed!r}")
         if not isinstance(self.balance_columns, bool):
@@ -63,10 +68,11 @@ def hyperquant_weight(
     seed: int = 0,
     balance_columns: bool = False,
     max_padding: float = MAX_PADDING,
+    mma: str = "auto",
     effort: int = 1,
 ) -> HyperQuantWeightConfig:
     """The config for `quantize_(model, hyperquant_weight(bps=4))`; see `HyperQuantWeightConfig`."""
-    return HyperQuantWeightConfig(bps, lattice, tile, seed, balance_columns, max_padding, effort)
+    return HyperQuantWeightConfig(bps, lattice, tile, seed, balance_columns, max_padding, mma, effort)
 
 
 def why_left_alone(in_features: int, config: HyperQuantWeightConfig) -> str | None:
@@ -97,7 +103,7 @@ def _quantize_module(module: nn.Module, config: HyperQuantWeightConfig, *, param
     scale = getattr(module, "balance_scale", None)
     if scale is None and config.balance_columns:
         scale = column_scale(weight)
-    packed = HyperQuantTensor.from_hp(weight, config.bps, config.lattice, config.tile, config.seed, scale, config.effort)
+    packed = HyperQuantTensor.from_hp(weight, config.bps, config.lattice, config.tile, config.seed, scale, config.mma, config.effort)
     if "balance_scale" in module._buffers:
         del module.balance_scale
     if type(module) is nn.Linear and parameter_name == "weight":

@@ -8,6 +8,7 @@ from torchao.utils import TorchAOBaseTensor
 
 from .format.hadamard import hadamard_block
 from .format.layout import FORMAT_VERSION, MAX_SCALE
+from .format.mma import check_mma
 from .format.rates import WeightLayout, weight_layout
 from .ops.registry import tile_layout
 
@@ -29,6 +30,7 @@ class HyperQuantTensor(TorchAOBaseTensor):
         dtype: dtype of `dequantize()`; activations of any floating dtype are accepted.
         transposed: whether this is the face of `weight.t()`.
         format_version: version of the bitstream; other versions are refused.
+        mma: number format of products with it (`hq_inductor.format.mma`).
     """
 
     tensor_data_names = ["qdata"]
@@ -42,6 +44,7 @@ class HyperQuantTensor(TorchAOBaseTensor):
         "dtype",
         "transposed",
         "format_version",
+        "mma",
     ]
     optional_tensor_data_names = ["act_pre_scale"]
 
@@ -57,6 +60,7 @@ class HyperQuantTensor(TorchAOBaseTensor):
         dtype: torch.dtype,
         transposed: bool = False,
         format_version: int = FORMAT_VERSION,
+        mma: str = "auto",
         act_pre_scale: torch.Tensor | None = None,
     ):
         if format_version != FORMAT_VERSION:
@@ -75,6 +79,7 @@ class HyperQuantTensor(TorchAOBaseTensor):
         dtype: torch.dtype,
         transposed: bool = False,
         format_version: int = FORMAT_VERSION,
+        mma: str = "auto",
         act_pre_scale: torch.Tensor | None = None,
     ):
         super().__init__()
@@ -86,6 +91,7 @@ class HyperQuantTensor(TorchAOBaseTensor):
         self.seed = seed
         self.transposed = transposed
         self.format_version = format_version
+        self.mma = mma
         self.act_pre_scale = act_pre_scale
 
     @classmethod
@@ -97,6 +103,7 @@ class HyperQuantTensor(TorchAOBaseTensor):
         tile: int | None = None,
         seed: int = 0,
         act_pre_scale: torch.Tensor | None = None,
+        mma: str = "auto",
         effort: int = 1,
     ) -> HyperQuantTensor:
         """Quantize a weight.
@@ -108,6 +115,7 @@ class HyperQuantTensor(TorchAOBaseTensor):
             tile: coefficients per tile, a multiple of 128; None chooses by K and rate (`choose_tile`).
             seed: selects the signs of the randomized Hadamard transform.
             act_pre_scale: `[K]`, positive; the weight is divided by it and activations are multiplied by it. Adds 16 bits per column.
+            mma: number format of products with it: `"auto"`, `"int8"`, `"fp8"`, `"bf16"`, `"nvfp4"` or `"mxfp4"`.
             effort: 0 rounds to the nearest lattice point; 1 rounds by error and bits together, 0.1 to 0.5 dB better; 2 takes ten times as
                 long for another 0.05 dB. The decoder's work is the same.
 
@@ -122,6 +130,7 @@ class HyperQuantTensor(TorchAOBaseTensor):
         if hp_tensor.dim() != 2 or hp_tensor.numel() == 0:
             raise ValueError(f"weight must be a nonempty matrix [N, K], got shape {tuple(hp_tensor.shape)}")
         rows, columns = hp_tensor.shape
+        check_mma(mma)
         layout = weight_layout(columns, bps, lattice, tile)
         weight = hp_tensor.detach().to(torch.float32)
         if act_pre_scale is not None:
@@ -147,6 +156,7 @@ class HyperQuantTensor(TorchAOBaseTensor):
             "dtype": self.dtype,
             "transposed": self.transposed,
             "format_version": self.format_version,
+            "mma": self.mma,
         }
 
     @classmethod
@@ -228,7 +238,7 @@ def linear(x: torch.Tensor, weight: HyperQuantTensor, bias: torch.Tensor | None 
     if x.shape[-1] != weight.in_features:
         raise ValueError(f"x must have {weight.in_features} features in its last dimension, got shape {tuple(x.shape)}")
     return torch.ops.hyperquant.rice_linear(
-        x, weight.qdata, weight.act_pre_scale, bias, weight.lattice, weight.tile, weight.code, weight.seed
+        x, weight.qdata, weight.act_pre_scale, bias, weight.lattice, weight.tile, weight.code, weight.seed, weight.mma
     )
 
 

@@ -7,16 +7,20 @@ Definition.  A weight `[N, K]` is stored as `qdata`, int32 `[N, K / tile, words]
 Storage.     words = [ raw plane | stream plane ]
 
              Raw plane, Rice parameter k >= 1. Coefficient `128 g + 32 v + 8 j + 4 h + i` of the tile is symbol `4 h + i` of the vector
-             that lane j (0..3) decodes as number v (0..3) in group g. Lane j of group g owns k words, plane 0 the signs, plane b >= 1
-             bit b - 1 of the one's-complement magnitudes, at word `k (4 g + j) + plane`:
+             that lane j (0..3) decodes as number v (0..3) in group g. Of each group a lane owns k words. In every one of them the symbols
+             0,4 stand in byte 0, 1,5 in byte 1, 2,6 in byte 2 and 3,7 in byte 3, so `(word >> place) & mask` is one field of four
+             neighbouring coefficients, a byte each: what the int8 MMA reads. In order:
 
-               bit   31 .. 24     23 .. 16     15 .. 8      7 .. 0
-                     symbols 3,7  symbols 2,6  symbols 1,5  symbols 0,4        within a byte: bit 2 v + h
+               signs                                one bit at `place = 4 (v % 2) + 2 h + v / 2` of each byte
+               low bits of the one's-complement magnitudes, two at a time from the lowest:
+                 a pair: two words, v / 2           two bits at `place = 4 (v % 2) + 2 h`
+                 the last one of an odd number      one bit at the signs' place
 
-             so `word >> (2 v + h) & 0x01010101` is one bit of four neighbouring coefficients, a byte each: what the int8 MMA reads.
+             Word i = k g + w of a lane stands at `16 (i / 4) + 4 j + i % 4`, and if the number of words is no multiple of 4, the last r
+             words of each lane at `r j + i % 4` after those: 16-byte loads of a lane, 64 bytes of four.
              E8: the sign of a vector's last symbol is implied by the even sum; its place holds the coset bit.
-             D4: the sign of every fourth symbol (byte 3 of plane 0) is implied; lane 3's three remaining bytes of that plane fill the free
-             bytes of lanes 0, 1, 2, and its own word is not stored.
+             D4: the sign of every fourth symbol (byte 3) is implied; lane 3's three remaining bytes of that word fill the free bytes of lanes
+             0, 1, 2, and its own word is not stored. Its words stand group by group and lane by lane.
 
              Stream plane: bits counted from the most significant bit of its first word.
 
@@ -121,13 +125,39 @@ class TileLayout:
         return (self.classes << (self.rice_parameter - 1)) - 1
 
     @property
+    def largest_value(self) -> float:
+        """Largest magnitude of a coordinate at scale 1 that the code can hold."""
+        m = self.max_magnitude + 1
+        return float(2 * m if self.lattice in ("e8", "a2") else m)
+
+    @property
     def shift(self) -> int:
         """Bits of a code (not symbol) below the quotient."""
         return self.rice_parameter - (self.lattice != "e8")
 
+    @property
+    def kernel_shift(self) -> int:
+        """Bits below the quotient in the kernels' codes, which are `codes << (kernel_shift - shift)`.
+
+        Where quotients have two bits and the codes room for it, the quotient stands right below the sign, and the length in the five low bits
+        of a table entry, from where it need not be shifted. a2's second coordinates are twice as large and leave no room.
+        """
+        return 5 if self.classes <= 4 and self.lattice != "a2" else self.shift
+
+    @property
+    def kernel_length_place(self) -> int:
+        """Place of the length in the kernels' table entries."""
+        return 0 if self.classes <= 4 and self.lattice != "a2" else self.shift + 3
+
     def table(self, device: torch.device) -> torch.Tensor:
         """The quotient code's decoding table on a device, `[4096]` int32, made once."""
-        return on_device(("table", self._rate.code_key, self.shift), lambda: self.quotient_code.table(self.shift), device)
+        key = ("table", self._rate.code_key, self.shift)
+        return on_device(key, lambda: self.quotient_code.table(self.shift, self.shift + 3), device)
+
+    def kernel_tables(self, device: torch.device, plain: bool = False) -> torch.Tensor:
+        """The kernels' decoding tables for both directions on a device, `[2, 4096]` int32, made once; `plain`: for codes as they are."""
+        shift, place = (self.shift, self.shift + 3) if plain else (self.kernel_shift, self.kernel_length_place)
+        return on_device(("tables", self._rate.code_key, shift, place), lambda: self.quotient_code.tables_both_ways(shift, place), device)
 
     def lengths(self, device: torch.device) -> torch.Tensor:
         """Code lengths of the quads on a device, `[classes^4]` int32."""
@@ -141,6 +171,12 @@ class TileLayout:
     def zeros_bits(self) -> int:
         """Stream bits of a tile of zeros."""
         return self.tile // QUAD * self._rate.zeros_length
+
+    @property
+    def low_bits(self) -> list[tuple[int, int]]:
+        """(word, bits) of each field of low bits, lowest first: pairs take two words."""
+        k = self.rice_parameter
+        return [(word, min(2, k - word)) for word in range(1, k, 2)]
 
     @property
     def groups(self) -> int:
@@ -157,6 +193,16 @@ class TileLayout:
     @property
     def stream_words(self) -> int:
         return self.words - self.raw_words
+
+    def raw_place(self, group: int, lane: int, word: int) -> int:
+        """Index in the raw plane of word `word` (0: signs) of a lane and group. Not for D4's lane 3 and word 0."""
+        k = self.rice_parameter
+        if self.lattice == "d4":
+            return group * self.raw_words_per_group + k * lane + word - (lane == LANES - 1)
+        index, rest = k * group + word, k * self.groups % 4
+        if index < k * self.groups - rest:
+            return 16 * (index // 4) + 4 * lane + index % 4
+        return LANES * (k * self.groups - rest) + rest * lane + index % 4
 
     @property
     def start(self) -> int:

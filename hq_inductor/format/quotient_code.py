@@ -4,13 +4,13 @@ Definition.  A *quad* `(q0, q1, q2, q3)` of quotients below `classes` is one sym
              Its weight is the product of the four integer class weights (two rows of weights: even and odd positions), raised to `floor`
              where it is less, which bounds the lengths. Everything is integer arithmetic: the same code on every machine.
              Canonical: shorter codes first, quads in order of `q0 + A q1 + A^2 q2 + A^3 q3` within a length.
-Storage.     Table entry of the 12 stream bits that start with a code, `shift` = bits below the quotient in a code's byte (`TileLayout.shift`):
+Storage.     Table entry of the 12 stream bits that start with a code:
 
                bit   31 .. 24   23 .. 16   15 .. 8    7 .. 0
                      q3         q2         q1         q0            each `<< shift` within its byte
-               and the length at bits shift + 3 .. shift + 6, which quotients (at most 3 bits) leave free; bit shift + 7 is 0.
+               and the length in five bits from `length_place` on, where the quotients leave them free
 
-             so `entry >> (shift + 3)` is a shift amount modulo 32, and `entry & quotient_mask` four coefficients' high bits.
+             so `entry >> length_place` is a shift amount modulo 32, and `entry & mask` four coefficients' high bits.
 Cost.        One table look-up per four weights. Against unary (Rice) codes of the same symbols 0.05 to 0.3 bits less, by rate: an alphabet of
              1296 quads has no rounding loss to speak of.
 Source.      Huffman, 1952; HyperQuant, arXiv 2606.23406 codes the quotients in unary.
@@ -77,16 +77,29 @@ class QuotientCode:
             next_code += 1
         self.lengths, self.codewords = tuple(lengths), tuple(codewords)
 
-    def table(self, shift: int) -> torch.Tensor:
-        """Decoding table `[2^12]` int32 for quotients that stand `shift` bits up in their byte."""
+    def table(self, shift: int, length_place: int) -> torch.Tensor:
+        """Decoding table `[2^12]` int32 for quotients that stand `shift` bits up in their byte and lengths at `length_place`."""
         a = self.classes
         symbol = torch.tensor(self._order)
         length = torch.tensor(self.lengths)[symbol]
-        entry = length << (shift + 3)
+        entry = length << length_place
         for position in range(QUAD):
             entry |= (symbol // a**position % a) << (8 * position + shift)
         # a canonical code fills the table in order
         return entry.to(torch.int32).repeat_interleave(1 << (TABLE_BITS - length))
+
+    def tables_both_ways(self, shift: int, length_place: int) -> torch.Tensor:
+        """Two tables, `[2, 2^12]` int32: as `table`; and by the same bits in reverse order, with `32 - length` for the length.
+
+        A lane that reads backwards finds its next bits at the low end of a window, and rotates the other way.
+        """
+        forwards = self.table(shift, length_place)
+        backwards = forwards ^ (((forwards >> length_place) & 31) << length_place) | (
+            ((32 - ((forwards >> length_place) & 31)) & 31) << length_place
+        )
+        index = torch.arange(1 << TABLE_BITS)
+        reverse = sum(((index >> bit) & 1) << (TABLE_BITS - 1 - bit) for bit in range(TABLE_BITS))
+        return torch.stack((forwards, backwards[reverse]))
 
 
 @functools.lru_cache(maxsize=256)

@@ -69,55 +69,75 @@ def wall_code(lane_bits: torch.Tensor, layout: TileLayout) -> tuple[torch.Tensor
     return code.clamp(max=15), fits
 
 
+def _fields(layout: TileLayout) -> list[tuple[int, int, int, int, int, int]]:
+    """(word, place, vector, half, first magnitude bit or -1 for the sign, bits) of every field of a lane's group, in the order of the layout."""
+    out = []
+    for vector in range(_VECTORS_PER_GROUP):
+        for half in range(2):
+            pair = 4 * (vector % 2) + 2 * half
+            out.append((0, pair + vector // 2, vector, half, -1, 1))
+            for word, bits in layout.low_bits:
+                if bits == 2:
+                    out.append((word + vector // 2, pair, vector, half, word - 1, 2))
+                else:
+                    out.append((word, pair + vector // 2, vector, half, word - 1, 1))
+    return out
+
+
+def _stored(layout: TileLayout, device: torch.device) -> torch.Tensor:
+    """Group, lane, word and index in the raw plane, `[4, raw_words]` int64, of the stored raw words."""
+
+    def make() -> torch.Tensor:
+        words = [(g, j, w) for g in range(layout.groups) for j in range(LANES) for w in range(layout.rice_parameter)]
+        if layout.lattice == "d4":
+            words = [(g, j, w) for g, j, w in words if (j, w) != (LANES - 1, 0)]
+        return torch.tensor([(g, j, w, layout.raw_place(g, j, w)) for g, j, w in words]).t().contiguous()
+
+    return on_device(("raw words", layout), make, device)
+
+
 def _to_interleaved(x: torch.Tensor) -> torch.Tensor:
     """Coefficient order `[n, tile]` to `[n, group, vector, lane, half, 4]`; a view."""
     return x.unflatten(-1, (-1, _VECTORS_PER_GROUP, LANES, 2, 4))
 
 
-def _raw_word_index(layout: TileLayout) -> list[tuple[int, int]]:
-    """(lane, plane) of each stored raw word of a group, in order."""
-    every = [(lane, plane) for lane in range(LANES) for plane in range(layout.rice_parameter)]
-    if layout.lattice == "d4":
-        every.remove((LANES - 1, 0))
-    return every
-
-
 def _pack_raw(symbols: torch.Tensor, coset: torch.Tensor | None, layout: TileLayout) -> torch.Tensor:
     """Raw plane, int32 `[n, raw_words]`, of int32 symbols `[n, tile / 8, 8]`."""
     n, k = symbols.shape[0], layout.rice_parameter
-    magnitude = magnitudes(symbols)
-    words = symbols.new_zeros(n, layout.groups, LANES, k)
-    for plane in range(k):
-        bits = (symbols < 0 if plane == 0 else (magnitude >> (plane - 1)) & 1).to(torch.uint8)
-        if plane == 0 and layout.lattice == "e8":
-            bits[..., 7] = coset
-        elif plane == 0 and layout.lattice == "d4":
-            bits[..., 3::4] = 0
-        # four neighbouring coefficients are four bytes of a word
-        quad_bits = _to_interleaved(bits.reshape(n, layout.tile)).contiguous().view(torch.int32).squeeze(-1)
-        for vector in range(_VECTORS_PER_GROUP):
-            for half in range(2):
-                words[..., plane] |= quad_bits[:, :, vector, :, half] << (2 * vector + half)
+    signs = (symbols < 0).to(torch.uint8)
+    if layout.lattice == "e8":
+        signs[..., 7] = coset
+    elif layout.lattice == "d4":
+        signs[..., 3::4] = 0
+    # four neighbouring coefficients are four bytes of a word: [n, group, vector, lane, half]
+    sign_bytes, magnitude_bytes = (
+        _to_interleaved(x.to(torch.uint8).reshape(n, layout.tile)).contiguous().view(torch.int32).squeeze(-1)
+        for x in (signs, magnitudes(symbols))
+    )
+    words = symbols.new_zeros(k, n, layout.groups, LANES)
+    for word, place, vector, half, first, bits in _fields(layout):
+        source = sign_bytes if first < 0 else (magnitude_bytes >> first) & (0x01010101 * ((1 << bits) - 1))
+        words[word] |= source[:, :, vector, :, half] << place
     if layout.lattice == "d4":
-        spare = words[:, :, LANES - 1, 0]
+        spare = words[0, :, :, LANES - 1]
         for lane in range(LANES - 1):
-            words[:, :, lane, 0] |= (spare << (24 - 8 * lane)) & -(1 << 24)
-    return torch.stack([words[:, :, lane, plane] for lane, plane in _raw_word_index(layout)], dim=-1).flatten(1)
+            words[0, :, :, lane] |= (spare << (24 - 8 * lane)) & -(1 << 24)
+    out = symbols.new_empty(n, layout.raw_words)
+    groups, lanes, index, place = _stored(layout, symbols.device)
+    out[:, place] = words[index, :, groups, lanes].t()
+    return out
 
 
-def _raw_planes(raw: torch.Tensor, layout: TileLayout) -> torch.Tensor:
-    """Raw words `[n, raw_words]` by plane, int32 `[k, n, group, lane]`, D4's scattered bytes put back."""
-    n, k = raw.shape[0], layout.rice_parameter
-    stored = raw.unflatten(1, (layout.groups, -1))
-    if layout.lattice != "d4":
-        return stored.view(n, layout.groups, LANES, k).permute(3, 0, 1, 2).contiguous()
-    words = raw.new_zeros(k, n, layout.groups, LANES)
-    for index, (lane, plane) in enumerate(_raw_word_index(layout)):
-        words[plane, :, :, lane] = stored[..., index]
-    signs = words[0]
-    for lane in range(LANES - 1):
-        signs[..., LANES - 1] |= ((signs[..., lane] >> 24) & 0xFF) << (8 * lane)
-        signs[..., lane] &= 0xFFFFFF
+def _raw_by_lane(raw: torch.Tensor, layout: TileLayout) -> torch.Tensor:
+    """Raw words `[n, raw_words]` as int32 `[k, n, group, lane]`, D4's scattered bytes put back."""
+    words = raw.new_zeros(layout.rice_parameter, raw.shape[0], layout.groups, LANES)
+    groups, lanes, index, place = _stored(layout, raw.device)
+    words[index, :, groups, lanes] = raw[:, place].t()
+    if layout.lattice == "d4":
+        signs = words[0]
+        for lane in range(LANES - 1):
+            signs[..., LANES - 1] |= ((signs[..., lane] >> 24) & 0xFF) << (8 * lane)
+            signs[..., lane] &= 0xFFFFFF
     return words
 
 
@@ -229,28 +249,28 @@ def decode_tiles(words: torch.Tensor, layout: TileLayout) -> tuple[torch.Tensor,
     n, k, lattice = words.shape[0], layout.rice_parameter, layout.lattice
     scale, wall = read_header(words, layout)
     entries = _read_stream(words[:, layout.raw_words :], wall, layout)
-    planes = _raw_planes(words[:, : layout.raw_words], layout)
-    signs = planes[0]
-    coset = (signs >> 25) & 0x55  # bit 2 v, meaningful for e8
-    # quotients, a byte each; `keep` drops the length bits
+    raw = _raw_by_lane(words[:, : layout.raw_words], layout)
+    signs = raw[0]
+    # coset bits, meaningful for e8: symbol 7 is byte 3, half 1
+    cosets = torch.stack([signs >> (24 + place) & 1 for _, place, _, half, first, _ in _fields(layout) if half and first < 0], dim=2)
+    # quotients, a byte each; the mask drops the length bits
     quotients = (entries >> layout.shift) & 0x07070707
-    # the lowest bit of a symbol is (magnitude & 1) ^ sign, and an even number of them are set
     if lattice in ("e8", "d4"):
-        parity = _fold_bytes(signs ^ planes[1] if k >= 2 else signs)  # bit 2 v + h
-        if k == 1:
-            lowest = _fold_bytes(quotients) & 1
-            for vector in range(_VECTORS_PER_GROUP):
-                for half in range(2):
-                    parity = parity ^ (lowest[:, :, vector, :, half] << (2 * vector + half))
-        signs = signs ^ (((parity ^ (parity >> 1)) & 0x55) << 25) if lattice == "e8" else signs ^ (parity << 24)
-    symbols = torch.empty_like(quotients)
-    for vector in range(_VECTORS_PER_GROUP):
-        for half in range(2):
-            bit = 2 * vector + half
-            m = quotients[:, :, vector, :, half] << (k - 1)
-            for plane in range(1, k):
-                m = m | (((planes[plane] >> bit) & 0x01010101) << (plane - 1))
-            symbols[:, :, vector, :, half] = m ^ (((signs >> bit) & 0x01010101) * 255)
+        # the lowest bit of a symbol is (magnitude & 1) ^ sign, and an even number of them are set
+        lowest = torch.zeros_like(signs)
+        for word, place, vector, half, first, _ in _fields(layout):
+            if first == 0:
+                lowest = lowest | (((raw[word] >> place) & 0x01010101) << (4 * (vector % 2) + 2 * half + vector // 2))
+            elif k == 1:
+                lowest = lowest | ((quotients[:, :, vector, :, half] & 0x01010101) << place)
+        parity = _fold_bytes(signs ^ lowest)
+        signs = signs ^ (((parity ^ (parity >> 2)) & 0x33) << 26) if lattice == "e8" else signs ^ (parity << 24)
+    symbols = quotients << (k - 1)
+    for word, place, vector, half, first, bits in _fields(layout):
+        if first >= 0:
+            symbols[:, :, vector, :, half] |= ((raw[word] >> place) & (0x01010101 * ((1 << bits) - 1))) << first
+    for _, place, vector, half, first, _ in _fields(layout):
+        if first < 0:
+            symbols[:, :, vector, :, half] ^= ((signs >> place) & 0x01010101) * 255
     symbols = symbols.view(torch.int8).reshape(n, layout.tile // VECTOR, VECTOR)
-    coset_bits = torch.stack([(coset >> (2 * vector)) & 1 for vector in range(_VECTORS_PER_GROUP)], dim=2)
-    return symbols_to_codes(symbols, coset_bits.reshape(n, -1).to(torch.int8), lattice).flatten(1), scale
+    return symbols_to_codes(symbols, cosets.reshape(n, -1).to(torch.int8), lattice).flatten(1), scale

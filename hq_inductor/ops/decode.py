@@ -30,6 +30,12 @@ def _rice_decode(qdata: torch.Tensor, lattice: str, tile: int, code: int) -> tup
     return decode_words(qdata, check_qdata(qdata, lattice, tile, code))
 
 
+def _rice_decode_cuda(qdata: torch.Tensor, lattice: str, tile: int, code: int) -> tuple[torch.Tensor, torch.Tensor]:
+    from .fused import decode  # Triton is there on Linux only
+
+    return decode(qdata.contiguous(), check_qdata(qdata, lattice, tile, code), torch.int8)
+
+
 def _rice_decode_fake(qdata, lattice, tile, code):
     check_qdata(qdata, lattice, tile, code)
     rows, tiles, _ = qdata.shape
@@ -40,7 +46,7 @@ register(
     "rice_decode(Tensor qdata, str lattice, int tile, int code) -> (Tensor codes, Tensor scale)",
     _rice_decode_fake,
     CPU=_rice_decode,
-    CUDA=_rice_decode,
+    CUDA=_rice_decode_cuda,
 )
 
 

@@ -1,4 +1,4 @@
-"""Launches of the fused linear layer: activations to rotated int8, then words and int8 to outputs."""
+"""Launches: activations to rotated int8, words and int8 to outputs, words to weights."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import triton
 from ..format.hadamard import hadamard_block
 from ..format.layout import TileLayout
 from .kernels.activations import rotate_quantize_kernel
+from .kernels.decode import decode_kernel
 from .kernels.linear import linear_kernel
-from .kernels.shared import MAX_STAGED_WORDS
-from .launch import MMA_COLUMNS, WARP_ROWS, LinearLaunch, linear_launch, multiprocessors
+from .kernels.shared import row_bytes
+from .launch import WARP_ROWS, LinearLaunch, decode_warps, dependent_launch, linear_launch, multiprocessors
 
 
 def rotate_quantize(
@@ -30,6 +31,7 @@ def rotate_quantize(
     scale = torch.empty((tiles, padded), dtype=torch.float32, device=x.device)
     zeros = torch.empty(counters, dtype=torch.int32, device=x.device)
     block = hadamard_block(layout.tile)
+    pdl = dependent_launch(x.device)
     rotate_quantize_kernel[(padded, tiles)](
         x,
         x if act_pre_scale is None else act_pre_scale,
@@ -47,7 +49,9 @@ def rotate_quantize(
         SEED=seed,
         HAS_SCALE=act_pre_scale is not None,
         LATTICE=layout.lattice,
+        PDL=pdl,
         num_warps=1,
+        **({"launch_pdl": True} if pdl else {}),
     )
     return q, scale, zeros
 
@@ -65,46 +69,109 @@ def int8_linear(
     batch, (rows, tiles, words) = x.shape[0], qdata.shape
     if launch is None:
         processors = multiprocessors(x.device) if x.is_cuda else 1
-        launch = linear_launch(batch, rows, tiles, processors)
+        launch = linear_launch(batch, rows, tiles, processors, row_bytes(layout.stream_words))
     out = torch.empty((batch, rows), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    columns, splits = launch.columns, launch.splits
+    columns = launch.columns
+    chunk = -(-tiles // launch.splits)
+    splits = -(-tiles // chunk)
     padded = -(-batch // columns) * columns
-    grid = (-(-rows // (WARP_ROWS * launch.num_warps)), splits, padded // columns)
-    q, scale, counters = rotate_quantize(x, act_pre_scale, layout, tiles, seed, padded, grid[0] * grid[2] if splits > 1 else 0)
+    grid = (launch.blocks, padded // columns)
+    counters = (-(-rows // WARP_ROWS) + 1) * grid[1] if splits > 1 else 0
+    q, scale, zeros = rotate_quantize(x, act_pre_scale, layout, tiles, seed, padded, counters)
+    pdl = dependent_launch(x.device)
     partial = torch.empty((splits, padded, rows), dtype=torch.float32, device=x.device) if splits > 1 else scale
     linear_kernel[grid](
         qdata,
-        layout.table(x.device),
+        layout.kernel_tables(x.device),
         q,
         scale,
         out if bias is None else bias,
         out,
         partial,
-        counters,
+        zeros,
         batch,
         padded,
+        rows,
+        tiles,
+        chunk,
+        splits,
+        LATTICE=layout.lattice,
+        K=layout.rice_parameter,
+        SHIFT=layout.kernel_shift,
+        GAIN=layout.kernel_shift - layout.shift,
+        LENGTH_PLACE=layout.kernel_length_place,
+        TILE=layout.tile,
+        WORDS=words,
+        RAW=layout.raw_words,
+        WALL_UNIT=layout.wall_unit,
+        ALIGNED=_aligned(layout),
+        ROW_BYTES=row_bytes(layout.stream_words) if x.is_cuda else 0,
+        COLUMNS=columns,
+        SPLIT=splits > 1,
+        HAS_BIAS=bias is not None,
+        NUM_WARPS=launch.num_warps,
+        num_warps=launch.num_warps,
+        PDL=pdl,
+        num_stages=1,
+        **({"maxnreg": launch.registers} if launch.registers else {}),
+        **({"launch_pdl": True} if pdl else {}),
+    )
+    return out
+
+
+def decode(
+    qdata: torch.Tensor, layout: TileLayout, dtype: torch.dtype, row_scale: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Decode a weight.
+
+    Args:
+        qdata: `[N, tiles, words]` int32.
+        dtype: int8 for codes; or of the rotated weight: fp32, bf16, fp16 or float8_e4m3fn.
+        row_scale: `[N]` fp32, which the rotated weight is divided by.
+
+    Returns:
+        `[N, tiles * tile]`, and for codes the scales `[N, tiles]` fp32.
+    """
+    rows, tiles, words = qdata.shape
+    codes = dtype == torch.int8
+    out = torch.empty((rows, tiles * layout.tile), dtype=dtype, device=qdata.device)
+    scale = torch.empty((rows, tiles), dtype=torch.float32, device=qdata.device) if codes else None
+    if out.numel() == 0:
+        return out, scale
+    buffer_bytes = row_bytes(layout.stream_words) if qdata.is_cuda else 0
+    num_warps = decode_warps(buffer_bytes)
+    blocks = -(-rows // (WARP_ROWS * num_warps))
+    parts = min(tiles, max(1, -(-4 * multiprocessors(qdata.device) // blocks))) if qdata.is_cuda else 1
+    placeholder = qdata
+    decode_kernel[(blocks, parts)](
+        qdata,
+        layout.kernel_tables(qdata.device, plain=True),
+        placeholder if row_scale is None else row_scale,
+        out,
+        placeholder if scale is None else scale,
         rows,
         tiles,
         LATTICE=layout.lattice,
         K=layout.rice_parameter,
         SHIFT=layout.shift,
+        LENGTH_PLACE=layout.shift + 3,
         TILE=layout.tile,
         WORDS=words,
         RAW=layout.raw_words,
         WALL_UNIT=layout.wall_unit,
-        ALIGNED=words % 4 == 0 and layout.raw_words % 4 == 0 and layout.stream_words % 4 == 0,
-        STAGED=layout.stream_words <= MAX_STAGED_WORDS and x.is_cuda,
-        COLUMNS=columns,
-        SPLITS=splits,
-        HAS_BIAS=bias is not None,
-        NUM_WARPS=launch.num_warps,
-        num_warps=launch.num_warps,
+        ALIGNED=_aligned(layout),
+        ROW_BYTES=buffer_bytes,
+        CODES=codes,
+        ROW_SCALE=row_scale is not None,
+        NUM_WARPS=num_warps,
+        num_warps=num_warps,
         num_stages=1,
-        **({"maxnreg": 128} if columns >= 64 else {}),
     )
-    return out
+    return out, scale
 
 
-__all__ = ["MMA_COLUMNS", "int8_linear", "rotate_quantize"]
+def _aligned(layout: TileLayout) -> bool:
+    """Whether raw and stream planes of all tiles start at 16 bytes."""
+    return layout.words % 4 == 0 and layout.raw_words % 4 == 0

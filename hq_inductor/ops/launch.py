@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+# largest batch for which "auto" takes the fused kernel: beyond it, decoding for a library product is faster
+# (measured, H200, 2026-11-24: benchmarks/README.md)
+FUSED_BATCH = 32
 # rows of a warp, columns of an MMA
 WARP_ROWS = 16
 MMA_COLUMNS = 8
@@ -18,19 +21,25 @@ class LinearLaunch:
 
     Args:
         columns: batch columns per block, a multiple of 8; larger batches take several blocks, each of which decodes anew.
-        splits: blocks that share the tiles of a block of rows.
+        splits: parts that the tiles of a row are cut into, for more units of work.
+        blocks: thread blocks; units are dealt to their warps in turns.
         num_warps: warps per block, each with 16 rows: 1, 2, 4 or 8.
+        registers: most registers per thread, or 0 for what the compiler likes.
     """
 
     columns: int
     splits: int
+    blocks: int
     num_warps: int
+    registers: int = 0
 
     def __post_init__(self) -> None:
         if self.columns % MMA_COLUMNS or not MMA_COLUMNS <= self.columns <= 128:
             raise ValueError(f"columns must be a multiple of {MMA_COLUMNS} from {MMA_COLUMNS} to 128, got {self.columns}")
         if self.splits < 1:
             raise ValueError(f"splits must be at least 1, got {self.splits}")
+        if self.blocks < 1:
+            raise ValueError(f"blocks must be at least 1, got {self.blocks}")
         if self.num_warps not in (1, 2, 4, 8):
             raise ValueError(f"num_warps must be 1, 2, 4 or 8, got {self.num_warps}")
 
@@ -40,12 +49,37 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.lru_cache(maxsize=32)
+def dependent_launch(device: torch.device) -> bool:
+    """Whether kernels on the device can start before the kernel before them ends (programmatic dependent launch)."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@functools.lru_cache(maxsize=32)
+def fp8_products(device: torch.device) -> bool:
+    """Whether the device multiplies e4m3 with one scale per row (`torch._scaled_mm`)."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def decode_warps(row_bytes: int) -> int:
+    """Warps per block: shared memory holds 8 with short stream planes, 4 with long ones."""
+    return 8 if row_bytes <= 64 else 4
+
+
 @functools.lru_cache(maxsize=4096)
-def linear_launch(batch: int, rows: int, tiles: int, processors: int) -> LinearLaunch:
-    """Launch for `[batch, K] x [rows, K]^T`, `tiles` tiles per row."""
+def linear_launch(batch: int, rows: int, tiles: int, processors: int, row_bytes: int) -> LinearLaunch:
+    """Launch for `[batch, K] x [rows, K]^T`, `tiles` tiles per row, `row_bytes` of `hq_inductor.ops.kernels.shared`."""
     columns = next(c for c in (8, 16, 32, 64) if batch <= c or c == 64)
-    num_warps = 8
-    blocks = -(-rows // (WARP_ROWS * num_warps)) * -(-batch // columns)
-    # two blocks fit a multiprocessor
-    splits = max(1, min(tiles, round(2 * processors / blocks)))
-    return LinearLaunch(columns, splits, num_warps)
+    strips = -(-rows // WARP_ROWS)
+    num_warps = decode_warps(row_bytes)
+    per_processor, registers = {8: (3, 80), 16: (2, 128), 32: (2, 128), 64: (2, 128)}[columns]
+    if num_warps == 4:
+        per_processor, registers = 4, 128
+    column_blocks = -(-batch // columns)
+    warps = max(1, processors * per_processor // column_blocks) * num_warps
+    # one tile per unit keeps multiprocessors level; more batch columns make parts dearer
+    splits = tiles if columns <= 16 else min(tiles, max(1, -(-2 * warps // strips)))
+    units = strips * splits
+    if units < processors * 8:
+        num_warps = 4
+    return LinearLaunch(columns, splits, max(1, min(warps, units) // num_warps), num_warps, registers)

@@ -1,7 +1,12 @@
 """`hyperquant::rice_linear`: the whole quantized linear layer as one op.
 
 Definition.  `y = RHT(x * act_pre_scale) W_r^T + bias`, W_r the dequantized rotated weight. The RHT is orthogonal, so this is the layer of
-             `W = RHT^-1(W_r) * act_pre_scale`. Products are accumulated in fp32.
+             `W = RHT^-1(W_r) * act_pre_scale`. Products are accumulated in fp32; `mma` (`hq_inductor.format.mma`) says what their
+             operands are rounded to.
+Choice.      On a CPU the operands of `"auto"` and `"bf16"` are not rounded (fp32, or fp64 for fp64 activations), and other formats are
+             emulated. On CUDA, `"int8"` is the fused kernel. `"auto"` is the fused kernel for half-precision batches up to `FUSED_BATCH`, where it
+             is fastest, else `"bf16"`: the weight decoded to the activations' dtype for a library product. `"fp8"` decodes to e4m3 for one.
+             nvfp4 and mxfp4 are emulated: rounded as the formats round, multiplied in the activations' dtype.
 Gradients.   For `x` and `bias`; the weight is frozen. Backward decodes again instead of saving a dequantized weight.
 """
 
@@ -12,8 +17,10 @@ import torch.nn.functional as F
 
 from ..format.hadamard import hadamard_block, hadamard_ref
 from ..format.lattice import embed
-from ..format.layout import TileLayout
+from ..format.layout import TileLayout, scale_from_code
+from ..format.mma import E4M3_MAX, check_mma, fp8_scale, round_operands
 from .decode import decode_words
+from .launch import FUSED_BATCH, fp8_products
 from .registry import LIBRARY, NAMESPACE, check_floating, check_qdata, register
 
 # rows are decoded in blocks of about this many weights: a float copy of a block stays small beside the packed weight
@@ -61,30 +68,88 @@ def _rice_linear(
     tile: int,
     code: int,
     seed: int,
+    mma: str = "auto",
 ) -> torch.Tensor:
     layout = check_qdata(qdata, lattice, tile, code)
     _check(x, qdata, act_pre_scale, layout, x.shape[-1])
+    check_mma(mma)
     rows, tiles, _ = qdata.shape
     rotated = rotate_activations(x.reshape(-1, x.shape[-1]), act_pre_scale, layout, tiles * tile, seed)
     out = rotated.new_empty((rotated.shape[0], rows))
-    for block, weight in _weight_blocks(qdata, layout, rotated.dtype):
-        out[:, block] = rotated @ weight.t()
+    if mma == "nvfp4":  # one of its scales is the whole weight's
+        weight = torch.cat([weight for _, weight in _weight_blocks(qdata, layout, rotated.dtype)])
+        rotated, weight = round_operands(rotated, weight, mma, tile)
+        torch.mm(rotated, weight.t(), out=out)
+    else:
+        for block, weight in _weight_blocks(qdata, layout, rotated.dtype):
+            x_rounded, weight = round_operands(rotated, weight, mma, tile)
+            out[:, block] = x_rounded @ weight.t()
     if bias is not None:
         out += bias
     return out.to(x.dtype).view(*x.shape[:-1], rows)
 
 
-def _rice_linear_fake(x, qdata, act_pre_scale, bias, lattice, tile, code, seed):
+def _rice_linear_cuda(
+    x: torch.Tensor,
+    qdata: torch.Tensor,
+    act_pre_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    lattice: str,
+    tile: int,
+    code: int,
+    seed: int,
+    mma: str = "auto",
+) -> torch.Tensor:
+    from .fused import decode, int8_linear  # Triton is there on Linux only, and takes its time to import
+
     layout = check_qdata(qdata, lattice, tile, code)
     _check(x, qdata, act_pre_scale, layout, x.shape[-1])
+    check_mma(mma)
+    if x.dtype == torch.float64:
+        return _rice_linear(x, qdata, act_pre_scale, bias, lattice, tile, code, seed, mma)
+    rows, tiles, _ = qdata.shape
+    qdata = qdata.contiguous()
+    flat = x.reshape(-1, x.shape[-1])
+    if flat.stride(-1) != 1:
+        flat = flat.contiguous()
+    batch = flat.shape[0]
+    if mma == "int8" or (mma == "auto" and x.dtype != torch.float32 and batch <= FUSED_BATCH):
+        out = int8_linear(flat, qdata, act_pre_scale, bias, layout, seed)
+        return out.view(*x.shape[:-1], rows)
+    rotated = rotate_activations(flat, act_pre_scale, layout, tiles * tile, seed)
+    if mma == "fp8" and fp8_products(x.device) and rows % 16 == 0 and batch > 0 and x.dtype == torch.bfloat16:
+        x_scale = fp8_scale(rotated)
+        # the largest code of a row is not looked for: codes reach at most this
+        row_scale = decode_row_scale(qdata, layout)
+        weight, _ = decode(qdata, layout, torch.float8_e4m3fn, row_scale)
+        x8 = (rotated / x_scale[:, None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+        out = torch._scaled_mm(x8, weight.t(), scale_a=x_scale[:, None], scale_b=row_scale[None], bias=bias, out_dtype=x.dtype)
+    else:
+        weight, _ = decode(qdata, layout, x.dtype)
+        activations, weight = round_operands(rotated.to(x.dtype), weight, mma, tile)
+        out = F.linear(activations, weight, bias)
+    return out.view(*x.shape[:-1], rows)
+
+
+def decode_row_scale(qdata: torch.Tensor, layout: TileLayout) -> torch.Tensor:
+    """Scale `[N]` fp32 that brings every value a row of tiles can hold into e4m3's range, from the tiles' headers."""
+    scale = scale_from_code((qdata[:, :, layout.raw_words] >> 20) & 0xFFF)
+    return scale.amax(1) * (layout.largest_value / E4M3_MAX)
+
+
+def _rice_linear_fake(x, qdata, act_pre_scale, bias, lattice, tile, code, seed, mma="auto"):
+    layout = check_qdata(qdata, lattice, tile, code)
+    _check(x, qdata, act_pre_scale, layout, x.shape[-1])
+    check_mma(mma)
     return x.new_empty((*x.shape[:-1], qdata.shape[0]))
 
 
 register(
-    "rice_linear(Tensor x, Tensor qdata, Tensor? act_pre_scale, Tensor? bias, str lattice, int tile, int code, int seed) -> Tensor",
+    "rice_linear(Tensor x, Tensor qdata, Tensor? act_pre_scale, Tensor? bias, str lattice, int tile, int code, int seed, "
+    'str mma="auto") -> Tensor',
     _rice_linear_fake,
     CPU=_rice_linear,
-    CUDA=_rice_linear,
+    CUDA=_rice_linear_cuda,
 )
 
 
@@ -126,7 +191,7 @@ register(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, qdata, act_pre_scale, _, ctx.lattice, ctx.tile, ctx.code, ctx.seed = inputs
+    x, qdata, act_pre_scale, _, ctx.lattice, ctx.tile, ctx.code, ctx.seed = inputs[:8]
     ctx.in_features = x.shape[-1]
     ctx.save_for_backward(qdata, act_pre_scale)
 
@@ -140,7 +205,7 @@ def _backward(ctx, grad: torch.Tensor):
         )
     if ctx.needs_input_grad[3]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return grad_x, None, None, grad_bias, None, None, None, None
+    return grad_x, None, None, grad_bias, None, None, None, None, None
 
 
 torch.library.register_autograd(f"{NAMESPACE}::rice_linear", _backward, setup_context=_setup_context, lib=LIBRARY)

@@ -37,14 +37,24 @@ def read_tile(
         symbol = code[length, codeword]
         return [symbol // classes**position % classes for position in range(4)]
 
+    def raw_word(group: int, lane: int, word: int) -> int:
+        index = k * group + word
+        tail = k * groups % 4
+        if index < k * groups - tail:
+            return words[16 * (index // 4) + 4 * lane + index % 4]
+        return words[4 * (k * groups - tail) + tail * lane + index % 4]
+
     def raw_bit(group: int, vector: int, lane: int, half: int, byte: int, plane: int) -> int:
-        first = group * per_group
-        bit = 2 * vector + half
+        """Plane 0: the sign; plane b: bit b - 1 of the magnitude."""
+        word, place = plane, 4 * (vector % 2) + 2 * half + vector // 2
+        if plane and (plane < k - 1 or plane % 2 == 0):  # one of a pair of low bits
+            word = (plane - 1) // 2 * 2 + 1 + vector // 2
+            place = 4 * (vector % 2) + 2 * half + (plane - 1) % 2
         if lattice != "d4":
-            return words[first + k * lane + plane] >> (8 * byte + bit) & 1
-        if lane == 3 and plane == 0:  # its bytes 0, 1, 2 are byte 3 of lanes 0, 1, 2
-            return words[first + k * byte] >> (24 + bit) & 1
-        return words[first + k * lane + plane - (lane == 3)] >> (8 * byte + bit) & 1
+            return raw_word(group, lane, word) >> (8 * byte + place) & 1
+        if lane == 3 and word == 0:  # its bytes 0, 1, 2 are byte 3 of lanes 0, 1, 2
+            return words[group * per_group + k * byte] >> (24 + place) & 1
+        return words[group * per_group + k * lane + word - (lane == 3)] >> (8 * byte + place) & 1
 
     codes: list[int] = []
     span = {"e8": 8, "d4": 4}.get(lattice)

@@ -33,7 +33,7 @@ def test_table_reads_every_code(lattice, eighths):
     assert max(lengths) <= TABLE_BITS and sum(2.0**-length for length in lengths) == 1
     symbols = canonical_code(lengths)
     assert all(symbols[length, word] == s for s, (length, word) in enumerate(zip(lengths, code.codewords, strict=True)))
-    table = code.table(shift).tolist()
+    table = code.table(shift, shift + 3).tolist()
     assert len(table) == 1 << TABLE_BITS
     for index, entry in enumerate(table):
         length = entry >> (shift + 3) & 31  # five bits, as a shift amount sees them
@@ -42,6 +42,17 @@ def test_table_reads_every_code(lattice, eighths):
             assert (entry >> (8 * position + shift)) & 7 == symbol // code.classes**position % code.classes
         # nothing but quotients and length
         assert entry & ~((0x07070707 << shift) | (15 << (shift + 3))) == 0 and entry >= 0
+
+
+@pytest.mark.parametrize("place", [0, 8])
+def test_tables_both_ways(place):
+    code = QuotientCode(*RATE_TABLE["e8"][32].code_key)
+    forwards, backwards = code.tables_both_ways(5, place).tolist()
+    assert forwards == code.table(5, place).tolist()
+    for index, entry in enumerate(forwards):
+        other = backwards[int(f"{index:012b}"[::-1], 2)]
+        assert (entry >> place & 31) + (other >> place & 31) == 32
+        assert entry & ~(31 << place) == other & ~(31 << place)
 
 
 def test_weights_are_products_in_order():
@@ -68,4 +79,4 @@ def test_quotient_code_refuses(arguments, message):
 
 def test_table_is_int32():
     code = QuotientCode((2, 1), (2, 1), 1)
-    assert code.table(0).dtype == torch.int32
+    assert code.table(0, 3).dtype == torch.int32

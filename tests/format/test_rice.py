@@ -152,4 +152,4 @@ def test_format_is_frozen():
     assert found == FROZEN
 
 
-FROZEN = {"e8": "2bca2f406d43e518", "d4": "05fd97c93ae32e27", "a2": "91898cf6b2069eaa", "z": "d8b28e94c2a18867"}
+FROZEN = {"e8": "555682ef321c34d4", "d4": "4efd191fd13dc090", "a2": "6589a41950d5affa", "z": "e7b75b3263eec259"}

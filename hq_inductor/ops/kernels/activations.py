@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -42,7 +43,17 @@ def round_to_even(x):
 
 
 @triton.jit
-def rotate(x_ptr, pre_scale_ptr, t, in_features, TILE: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, SEED: tl.constexpr, HAS_SCALE: tl.constexpr):
+def rotate(
+    x_ptr,
+    pre_scale_ptr,
+    t,
+    in_features,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    SEED: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+):
     """RHT of tile `t` of the row at `x_ptr`: fp32 `[PARTS, BLOCK]`, with its columns and their mask; `PARTS * BLOCK >= TILE`."""
     part = tl.arange(0, PARTS)[:, None]
     place = tl.arange(0, BLOCK)[None, :]
@@ -74,8 +85,13 @@ def rotate_quantize_kernel(
     SEED: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     LATTICE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Program (m, t): one tile of one row."""
+    if PDL:
+        # the linear kernel may start on its tables and weights; what it reads of ours it waits for, as we do for what comes before
+        gdc_launch_dependents()
+        gdc_wait()
     m = tl.program_id(0)
     t = tl.program_id(1)
     if (m == 0) & (t == 0):

@@ -5,27 +5,21 @@ Definition.  `out[m, n] = bias[n] + sum_t act_scale[t, m] * scale[n, t] * (sum_k
 Storage.     Activations as `hq_inductor.ops.kernels.activations` writes them.
 Work.        A warp owns 16 rows of the weight, and decodes two vectors at a time, one of row r and one of row r + 8: together the A operand
              of one `mma.m16n8k32`, which every 8 columns of the batch then use. While it decodes a tile, the stream plane of the next one
-             is on its way to shared memory, and the raw words of the next group to registers. Tiles of a row may be split over
-             `SPLITS` blocks; the last one of a row block to finish adds up the parts, in order.
+             is on its way to shared memory, and the raw words of the next group to registers.
+             A *unit* is 16 rows and `chunk` tiles. All units are dealt to the warps of a grid that fits the device at once, in turns, so that
+             multiprocessors end together. Where rows take several units, their parts go to memory, and the warp that finishes a row's last
+             one adds them up, in order: the result does not depend on who that is.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .bits import INTERPRETED
-from .shared import (
-    BUFFER_BYTES,
-    TABLE_BYTES,
-    WARP_BYTES,
-    commit_copies,
-    copy_async_4,
-    copy_async_16,
-    declare_shared,
-    wait_copies,
-)
-from .tile import decode_vector, first_cursor, load_header, load_raw, next_quads, read_word, restore_signs
+from .shared import TABLE_BYTES, commit_copies, copy_async_4, copy_async_16, declare_shared, wait_copies
+from .tile import decode_vector, first_cursor, first_words, load_raw, next_quads, read_header, restore_signs, stream_word
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -51,8 +45,10 @@ if INTERPRETED:
         return c0 + d0, c1 + d1, c2 + d2, c3 + d3
 
     @triton.jit
-    def _count_in(pointer, table_address, thread):
-        return thread * 0 + tl.atomic_add(pointer, 1)
+    def _count_in(pointer, lane, NUM_WARPS: tl.constexpr):
+        before = tl.atomic_add(pointer, 1, mask=lane == 0)
+        before = tl.max(tl.reshape(tl.where(lane == 0, before, 0), [NUM_WARPS, 32]), 1)
+        return tl.reshape(tl.broadcast_to(before[:, None], [NUM_WARPS, 32]), [32 * NUM_WARPS])
 
     @triton.jit
     def _load_16(pointer):
@@ -73,19 +69,22 @@ else:
         )
 
     @triton.jit
-    def _count_in(pointer, table_address, thread):
-        """Add one to a counter, once per block; every thread gets the count before. Reuses the table's memory."""
+    def _count_in(pointer, lane, NUM_WARPS: tl.constexpr):
+        """Add one to a counter, once per warp, after all the warp wrote; every thread gets the count before.
+
+        Release only: an acquire would throw the multiprocessor's whole L1 away each time. What the count guards is read from L2.
+        """
         return tl.inline_asm_elementwise(
             """{
             .reg .pred first; .reg .b32 before;
-            setp.eq.u32 first, $3, 0;
-            @first atom.add.acq_rel.gpu.global.u32 before, [$1], 1;
-            @first st.shared.u32 [$2], before;
-            bar.sync 0;
-            ld.shared.u32 $0, [$2];
+            setp.eq.u32 first, $2, 0;
+            bar.warp.sync 0xffffffff;
+            @first atom.add.release.gpu.global.u32 before, [$1], 1;
+            bar.warp.sync 0xffffffff;
+            shfl.sync.idx.b32 $0, before, 0, 31, 0xffffffff;
             }""",
-            "=r,l,r,r",
-            [(pointer + thread * 0).to(tl.int64), table_address, thread],
+            "=r,l,r",
+            [pointer.to(tl.int64), lane],
             tl.int32,
             is_pure=False,
             pack=1,
@@ -104,210 +103,363 @@ else:
 
 
 @triton.jit
-def _stage_stream(words_ptr, row0, N, tiles, t, lane, address, RAW: tl.constexpr, WORDS: tl.constexpr, ALIGNED: tl.constexpr):
+def tile_offset(strip, row, t, N, tiles, WORDS: tl.constexpr):
+    """Words before tile `t` of row `row` of a strip of 16, the nearest there is."""
+    return (tl.minimum(strip * 16 + row, N - 1) * tiles + tl.minimum(t, tiles - 1)) * WORDS
+
+
+@triton.jit
+def stage_stream(
+    words_ptr, strip, t, N, tiles, lane, address, RAW: tl.constexpr, WORDS: tl.constexpr, ROW_BYTES: tl.constexpr, ALIGNED: tl.constexpr
+):
     """Start copying the stream planes of 16 rows' tile `t` to a buffer."""
     STREAM: tl.constexpr = WORDS - RAW
     if ALIGNED:
-        CHUNKS: tl.constexpr = (STREAM + 3) // 4
+        CHUNKS: tl.constexpr = STREAM // 4
         for step in tl.static_range(0, (16 * CHUNKS + 31) // 32):
             index = step * 32 + lane
-            row = index // CHUNKS
-            chunk = index % CHUNKS
             # past the last row: the same bytes again
-            row = tl.minimum(row, 15)
-            source = words_ptr + (tl.minimum(row0 + row, N - 1).to(tl.int64) * tiles + t) * WORDS + RAW + 4 * chunk
-            copy_async_16(address + row * 128 + ((chunk ^ (row & 7)) << 4), source)
+            row = tl.minimum(index // CHUNKS, 15)
+            offset = 16 * (index % CHUNKS)
+            source = words_ptr + tile_offset(strip, row, t, N, tiles, WORDS) + (RAW + offset // 4)
+            copy_async_16(address + row * ROW_BYTES + (offset ^ (row * 16 % ROW_BYTES % 128)), source)
     else:
+        word = tl.minimum(lane, STREAM - 1)
         for row in tl.static_range(0, 16):
-            source = words_ptr + (tl.minimum(row0 + row, N - 1).to(tl.int64) * tiles + t) * WORDS + RAW + tl.minimum(lane, STREAM - 1)
-            copy_async_4(address + row * 128 + ((4 * tl.minimum(lane, STREAM - 1)) ^ ((row & 7) << 4)), source)
+            source = words_ptr + tile_offset(strip, row, t, N, tiles, WORDS) + (RAW + word)
+            copy_async_4(address + row * ROW_BYTES + ((4 * word) ^ (row * 16 % ROW_BYTES % 128)), source)
     commit_copies(lane)
 
 
 @triton.jit
-def _load_table(table_ptr, address, thread, NUM_WARPS: tl.constexpr):
-    for step in tl.static_range(0, 4096 // (4 * 32 * NUM_WARPS)):
+def load_tables(table_ptr, address, thread, NUM_WARPS: tl.constexpr):
+    for step in tl.static_range(0, 8192 // (4 * 32 * NUM_WARPS)):
         index = (step * 32 * NUM_WARPS + thread) * 4
         copy_async_16(address + index * 4, table_ptr + index)
 
 
 @triton.jit
+def _load_chunks(words, tile_ptr, j, FIRST: tl.constexpr, LAST: tl.constexpr):
+    """`words` and the raw words 4 FIRST to 4 LAST of lane `j`."""
+    for c in tl.static_range(FIRST, LAST):
+        words = words + _load_16(tile_ptr + 16 * c + 4 * j)
+    return words
+
+
+@triton.jit
+def _multiply_group(
+    sums,
+    raw_u,
+    raw_v,
+    cursors,
+    odd,
+    streams,
+    addresses,
+    table_ptr,
+    table_address,
+    x_ptr,
+    x_lane,
+    x_step,
+    LATTICE: tl.constexpr,
+    K: tl.constexpr,
+    SHIFT: tl.constexpr,
+    LENGTH_PLACE: tl.constexpr,
+    STREAM: tl.constexpr,
+    ROW_BYTES: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    NUM_WARPS: tl.constexpr,
+):
+    """Decode a group of both rows and add its products to `sums`."""
+    AHEAD: tl.constexpr = BLOCKS if BLOCKS <= 2 else 1
+    first_u, second_u, x_u, first_v, second_v, x_v = cursors
+    signs_u = restore_signs(raw_u, K, LATTICE)
+    signs_v = restore_signs(raw_v, K, LATTICE)
+    for v in tl.static_range(4):
+        if v % 2 == 0:
+            # long before they are multiplied, as far as registers go
+            columns = ()
+            for b in tl.static_range(AHEAD):
+                columns = columns + _load_16(x_ptr + x_lane + b * 512)
+        e0, e1, first_u, second_u, x_u = next_quads(
+            first_u, second_u, x_u, odd, streams[0], addresses[0], table_ptr, table_address, LENGTH_PLACE, STREAM, ROW_BYTES
+        )
+        f0, f1, first_v, second_v, x_v = next_quads(
+            first_v, second_v, x_v, odd, streams[1], addresses[1], table_ptr, table_address, LENGTH_PLACE, STREAM, ROW_BYTES
+        )
+        a0, a2 = decode_vector(e0, e1, v, signs_u, raw_u, K, SHIFT, LATTICE)
+        a1, a3 = decode_vector(f0, f1, v, signs_v, raw_v, K, SHIFT, LATTICE)
+        if v % 2 == 0:
+            held0 = a0
+            held1 = a1
+            held2 = a2
+            held3 = a3
+        else:
+            updated = ()
+            for b in tl.static_range(BLOCKS):
+                if b < AHEAD:
+                    b0, b1, b2, b3 = columns[4 * b], columns[4 * b + 1], columns[4 * b + 2], columns[4 * b + 3]
+                else:
+                    b0, b1, b2, b3 = _load_16(x_ptr + x_lane + b * 512)
+                s0, s1, s2, s3 = sums[4 * b], sums[4 * b + 1], sums[4 * b + 2], sums[4 * b + 3]
+                s0, s1, s2, s3 = _mma(s0, s1, s2, s3, held0, held1, held2, held3, b0, b1, NUM_WARPS)
+                updated = updated + _mma(s0, s1, s2, s3, a0, a1, a2, a3, b2, b3, NUM_WARPS)
+            sums = updated
+            x_lane += x_step
+    return sums, (first_u, second_u, x_u, first_v, second_v, x_v), x_lane
+
+
+@triton.jit
 def linear_kernel(
     words_ptr,  # [N, tiles, WORDS] int32
-    table_ptr,  # [4096] int32
+    table_ptr,  # [2, 4096] int32
     x_ptr,  # [tiles * TILE / 64, M_PAD, 64] int8
     act_scale_ptr,  # [tiles, M_PAD] fp32
     bias_ptr,  # [N], or anything if not HAS_BIAS
     out_ptr,  # [M, N]
-    partial_ptr,  # [SPLITS, M_PAD, N] fp32 if SPLITS > 1
-    counter_ptr,  # [blocks] int32 zeros if SPLITS > 1
+    partial_ptr,  # [splits, M_PAD, N] fp32 if SPLIT
+    counter_ptr,  # [blocks] int32 zeros if SPLIT
     M,
     M_PAD,
     N,
     tiles,
+    chunk,
+    splits,
     LATTICE: tl.constexpr,
     K: tl.constexpr,
     SHIFT: tl.constexpr,
+    GAIN: tl.constexpr,
+    LENGTH_PLACE: tl.constexpr,
     TILE: tl.constexpr,
     WORDS: tl.constexpr,
     RAW: tl.constexpr,
     WALL_UNIT: tl.constexpr,
     ALIGNED: tl.constexpr,
-    STAGED: tl.constexpr,
+    ROW_BYTES: tl.constexpr,
     COLUMNS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     NUM_WARPS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """Program (i, s, b): rows 16 NUM_WARPS i on, part s of the tiles, batch columns COLUMNS b on."""
+    """Program (p, c): the units `NUM_WARPS p + warp`, and so on in steps of all warps, for batch columns COLUMNS c on."""
     STREAM: tl.constexpr = WORDS - RAW
     END: tl.constexpr = 32 * STREAM
     GROUPS: tl.constexpr = TILE // 128
     BLOCKS: tl.constexpr = COLUMNS // 8  # n-blocks of the MMA
+    # 16-byte loads of the raw words; unrolled, so short tiles only
+    CHUNKED: tl.constexpr = ALIGNED and LATTICE != "d4" and GROUPS <= 4 and K * GROUPS % 4 == 0
+    FIRST: tl.constexpr = (K - 1) // 4 + 1  # 16-byte loads that the first group needs
 
-    block = tl.program_id(0)
-    part = tl.program_id(1)
-    m0 = tl.program_id(2) * COLUMNS
+    m0 = tl.program_id(1) * COLUMNS
     thread = tl.arange(0, 32 * NUM_WARPS)
     lane = thread % 32
+    warp = thread // 32
     j = lane % 4
     r = lane // 4
-    odd = (lane & 1) != 0
-    row0 = block * (16 * NUM_WARPS) + (thread // 32) * 16
-    row_u = row0 + r
-    row_v = row_u + 8
-    first_tile = part * tiles // SPLITS
-    last_tile = (part + 1) * tiles // SPLITS
+    odd = lane % 2
+    strips = (N + 15) // 16
+    units = strips * splits
+    stride = tl.num_programs(0) * NUM_WARPS
+    # a warp without a unit of its own does the last one again, and keeps it to itself
+    unit = tl.minimum(tl.program_id(0) * NUM_WARPS + warp, units - 1)
+    strip = unit % strips
+    t = unit // strips * chunk
 
-    tile_u = words_ptr + (tl.minimum(row_u, N - 1).to(tl.int64) * tiles + first_tile) * WORDS
-    tile_v = words_ptr + (tl.minimum(row_v, N - 1).to(tl.int64) * tiles + first_tile) * WORDS
-    x_lane = x_ptr + ((first_tile * (TILE // 64)).to(tl.int64) * M_PAD + m0 + r) * 64 + j * 16
+    # offsets of 32 bits from here on, where registers are dear: a weight has less than 2^31 words
+    x_step = M_PAD * 64
+    x_row = (m0 + r) * 64 + j * 16
     table_address = thread * 0
     buffers = thread * 0
     if not _INTERPRETED:
-        table_address = declare_shared(thread, NUM_WARPS)
-        _load_table(table_ptr, table_address, thread, NUM_WARPS)
-        buffers = table_address + TABLE_BYTES + (thread // 32) * WARP_BYTES
-        if STAGED:
-            _stage_stream(words_ptr, row0, N, tiles, first_tile, lane, buffers, RAW, WORDS, ALIGNED)
-        wait_copies(lane, 0)
-        tl.debug_barrier()
-    lane_address = (r * 128) ^ (r << 4) ^ tl.where(odd, 0x7C, 0)
-    buffer = 0
-
-    totals = ()
-    for b in tl.static_range(4 * BLOCKS):
-        totals = totals + (tl.zeros([32 * NUM_WARPS], tl.float32),)
-
-    raw_u = load_raw(tile_u, 0, j, K, LATTICE)
-    raw_v = load_raw(tile_v, 0, j, K, LATTICE)
-    for t in range(first_tile, last_tile):
-        scale_u, wall_u = load_header(tile_u, RAW, END, WALL_UNIT)
-        scale_v, wall_v = load_header(tile_v, RAW, END, WALL_UNIT)
-        stream_u = tile_u + RAW
-        stream_v = tile_v + RAW
-        address_u = lane_address
-        address_v = lane_address
-        if STAGED:
-            wait_copies(lane, 0)
-            address_u = (buffers + buffer) ^ lane_address
-            address_v = (buffers + buffer + 1024) ^ lane_address
-            buffer = buffer ^ BUFFER_BYTES
-            # the last one is copied again: a copy too many costs less than a branch
-            _stage_stream(words_ptr, row0, N, tiles, tl.minimum(t + 1, last_tile - 1), lane, buffers + buffer, RAW, WORDS, ALIGNED)
-        x_u = first_cursor(wall_u, j, END)
-        x_v = first_cursor(wall_v, j, END)
-        first_u = read_word(stream_u, address_u, x_u - 32, odd, STREAM, STAGED)
-        first_v = read_word(stream_v, address_v, x_v - 32, odd, STREAM, STAGED)
-        second_u = read_word(stream_u, address_u, x_u, odd, STREAM, STAGED)
-        second_v = read_word(stream_v, address_v, x_v, odd, STREAM, STAGED)
-        next_u = tile_u + WORDS
-        next_v = tile_v + WORDS
-        if t + 1 == last_tile:
-            next_u = tile_u
-            next_v = tile_v
-
-        sums = ()
-        for b in tl.static_range(4 * BLOCKS):
-            sums = sums + (tl.zeros([32 * NUM_WARPS], tl.int32),)
-        for g in range(GROUPS):
-            stored_u, low1_u, low2_u, low3_u, low4_u = raw_u
-            stored_v, low1_v, low2_v, low3_v, low4_v = raw_v
-            ahead_u = tl.where(g + 1 < GROUPS, tile_u + (g + 1) * (RAW // GROUPS), next_u)
-            ahead_v = tl.where(g + 1 < GROUPS, tile_v + (g + 1) * (RAW // GROUPS), next_v)
-            raw_u = load_raw(ahead_u, 0, j, K, LATTICE)
-            raw_v = load_raw(ahead_v, 0, j, K, LATTICE)
-            signs_u = restore_signs(stored_u, low1_u, K, LATTICE)
-            signs_v = restore_signs(stored_v, low1_v, K, LATTICE)
-            for v in tl.static_range(4):
-                e0, e1, first_u, second_u, x_u = next_quads(
-                    first_u, second_u, x_u, stream_u, address_u, odd, table_ptr, table_address, SHIFT, STREAM, STAGED
-                )
-                f0, f1, first_v, second_v, x_v = next_quads(
-                    first_v, second_v, x_v, stream_v, address_v, odd, table_ptr, table_address, SHIFT, STREAM, STAGED
-                )
-                a0, a2 = decode_vector(e0, e1, v, stored_u, signs_u, low1_u, low2_u, low3_u, low4_u, K, SHIFT, LATTICE)
-                a1, a3 = decode_vector(f0, f1, v, stored_v, signs_v, low1_v, low2_v, low3_v, low4_v, K, SHIFT, LATTICE)
-                if v % 2 == 0:
-                    held0 = a0
-                    held1 = a1
-                    held2 = a2
-                    held3 = a3
-                else:
-                    updated = ()
-                    for b in tl.static_range(BLOCKS):
-                        b0, b1, b2, b3 = _load_16(x_lane + b * 512)
-                        c0, c1, c2, c3 = _mma(
-                            sums[4 * b], sums[4 * b + 1], sums[4 * b + 2], sums[4 * b + 3], held0, held1, held2, held3, b0, b1, NUM_WARPS
-                        )
-                        updated = updated + _mma(c0, c1, c2, c3, a0, a1, a2, a3, b2, b3, NUM_WARPS)
-                    sums = updated
-                    x_lane += M_PAD.to(tl.int64) * 64
-
-        column_ptr = act_scale_ptr + t * M_PAD + m0 + 2 * j
-        updated_totals = ()
-        for b in tl.static_range(BLOCKS):
-            s0 = tl.load(column_ptr + 8 * b)
-            s1 = tl.load(column_ptr + 8 * b + 1)
-            updated_totals = updated_totals + (
-                totals[4 * b] + sums[4 * b].to(tl.float32) * (s0 * scale_u),
-                totals[4 * b + 1] + sums[4 * b + 1].to(tl.float32) * (s1 * scale_u),
-                totals[4 * b + 2] + sums[4 * b + 2].to(tl.float32) * (s0 * scale_v),
-                totals[4 * b + 3] + sums[4 * b + 3].to(tl.float32) * (s1 * scale_v),
-            )
-        totals = updated_totals
-        tile_u = next_u
-        tile_v = next_v
-
-    if SPLITS == 1:
-        for b in tl.static_range(BLOCKS):
-            for i in tl.static_range(4):
-                row = row_u if i < 2 else row_v
-                m = m0 + 8 * b + 2 * j + i % 2
-                value = totals[4 * b + i]
-                if HAS_BIAS:
-                    value += tl.load(bias_ptr + row, mask=row < N, other=0.0).to(tl.float32)
-                tl.store(out_ptr + m.to(tl.int64) * N + row, value.to(out_ptr.dtype.element_ty), mask=(row < N) & (m < M))
+        table_address = declare_shared(thread)
+        load_tables(table_ptr, table_address, thread, NUM_WARPS)
+        buffers = table_address + TABLE_BYTES + warp * (32 * ROW_BYTES)
+        if ROW_BYTES > 0:
+            stage_stream(words_ptr, strip, t, N, tiles, lane, buffers, RAW, WORDS, ROW_BYTES, ALIGNED)
+    tile_u = tile_offset(strip, r, t, N, tiles, WORDS)
+    tile_v = tile_offset(strip, r + 8, t, N, tiles, WORDS)
+    if CHUNKED:
+        ahead_u = _load_chunks((), words_ptr + tile_u, j, 0, FIRST)
+        ahead_v = _load_chunks((), words_ptr + tile_v, j, 0, FIRST)
     else:
-        for b in tl.static_range(BLOCKS):
-            for i in tl.static_range(4):
-                row = row_u if i < 2 else row_v
-                m = m0 + 8 * b + 2 * j + i % 2
-                tl.store(partial_ptr + (part * M_PAD + m).to(tl.int64) * N + row, totals[4 * b + i], mask=row < N)
-        # all threads' parts are written before one thread counts the block in
+        ahead_u = load_raw(words_ptr + tile_u, 0, j, K, LATTICE, GROUPS)
+        ahead_v = load_raw(words_ptr + tile_v, 0, j, K, LATTICE, GROUPS)
+    if not _INTERPRETED:
+        wait_copies(lane)
         tl.debug_barrier()
-        done = _count_in(counter_ptr + block * tl.num_programs(2) + tl.program_id(2), table_address, thread)
-        # a mask, not a branch: a scalar would take Triton's own shared memory, which the table leaves no room for
-        last = done == SPLITS - 1
+    if PDL:
+        # all above reads only constants, and may run while the kernel before, which writes the activations, still does
+        gdc_wait()
+    row_address = r * ROW_BYTES
+    if ROW_BYTES > 0:
+        row_address = row_address ^ (r * 16 % ROW_BYTES)
+    # in turns of two buffers
+    address = buffers + row_address
+
+    rounds = (units + stride - 1) // stride
+    for turn in range(rounds):
+        totals = ()
+        for b in tl.static_range(4 * BLOCKS):
+            totals = totals + (tl.zeros([32 * NUM_WARPS], tl.float32),)
+        strip_done = strip
+        t_done = t
+        # a row's last part may be shorter; tiles beyond the end add nothing
+        for step in range(chunk):
+            valid = t < tiles
+            t_now = tl.minimum(t, tiles - 1)
+            # the next tile of the unit, or the first of the warp's next unit: `stride` units on
+            strip_next = strip
+            t_next = t + 1
+            if step + 1 == chunk:
+                strip_next = strip + stride % strips
+                t_next += (stride // strips - 1) * chunk
+                wrapped = (strip_next >= strips).to(tl.int32)
+                strip_next -= wrapped * strips
+                t_next += wrapped * chunk
+            streams = (words_ptr + tile_u + RAW, words_ptr + tile_v + RAW)
+            addresses = (address, address + 8 * ROW_BYTES)
+            if ROW_BYTES > 0:
+                wait_copies(lane)
+                address = (((address - buffers) ^ (16 * ROW_BYTES)) + buffers).to(tl.int32)
+                stage_stream(words_ptr, strip_next, t_next, N, tiles, lane, address - row_address, RAW, WORDS, ROW_BYTES, ALIGNED)
+            # wanted at the end of the tile
+            column_ptr = act_scale_ptr + t_now * M_PAD + m0 + 2 * j
+            column_scales = ()
+            for b in tl.static_range(BLOCKS):
+                column_scales = column_scales + (
+                    tl.load(column_ptr + 8 * b, mask=valid, other=0.0),
+                    tl.load(column_ptr + 8 * b + 1, mask=valid, other=0.0),
+                )
+            scale_u, wall_u = read_header(stream_word(streams[0], addresses[0], thread * 0, STREAM, ROW_BYTES), END, WALL_UNIT, GAIN)
+            scale_v, wall_v = read_header(stream_word(streams[1], addresses[1], thread * 0, STREAM, ROW_BYTES), END, WALL_UNIT, GAIN)
+            x_u = first_cursor(wall_u, j, END)
+            x_v = first_cursor(wall_v, j, END)
+            first_u, second_u = first_words(streams[0], addresses[0], x_u, odd, STREAM, ROW_BYTES)
+            first_v, second_v = first_words(streams[1], addresses[1], x_v, odd, STREAM, ROW_BYTES)
+            cursors = (first_u, second_u, x_u, first_v, second_v, x_v)
+            x_lane = x_row + (t_now * (TILE // 64)) * x_step
+
+            sums = ()
+            for b in tl.static_range(4 * BLOCKS):
+                sums = sums + (tl.zeros([32 * NUM_WARPS], tl.int32),)
+            if CHUNKED:
+                words_u = ahead_u
+                words_v = ahead_v
+                for g in tl.static_range(GROUPS):
+                    # what the next group needs is under way while this one is decoded
+                    if g + 1 < GROUPS:
+                        words_u = _load_chunks(words_u, words_ptr + tile_u, j, (K * g + K - 1) // 4 + 1, (K * g + 2 * K - 1) // 4 + 1)
+                        words_v = _load_chunks(words_v, words_ptr + tile_v, j, (K * g + K - 1) // 4 + 1, (K * g + 2 * K - 1) // 4 + 1)
+                    else:
+                        next_u = tile_offset(strip_next, r, t_next, N, tiles, WORDS)
+                        next_v = tile_offset(strip_next, r + 8, t_next, N, tiles, WORDS)
+                        ahead_u = _load_chunks((), words_ptr + next_u, j, 0, FIRST)
+                        ahead_v = _load_chunks((), words_ptr + next_v, j, 0, FIRST)
+                    raw_u = ()
+                    raw_v = ()
+                    for w in tl.static_range(K):
+                        raw_u = raw_u + (words_u[K * g + w],)
+                        raw_v = raw_v + (words_v[K * g + w],)
+                    sums, cursors, x_lane = _multiply_group(
+                        sums,
+                        raw_u,
+                        raw_v,
+                        cursors,
+                        odd,
+                        streams,
+                        addresses,
+                        table_ptr,
+                        table_address,
+                        x_ptr,
+                        x_lane,
+                        x_step,
+                        LATTICE,
+                        K,
+                        SHIFT,
+                        LENGTH_PLACE,
+                        STREAM,
+                        ROW_BYTES,
+                        BLOCKS,
+                        NUM_WARPS,
+                    )
+            else:
+                next_u = tile_offset(strip_next, r, t_next, N, tiles, WORDS)
+                next_v = tile_offset(strip_next, r + 8, t_next, N, tiles, WORDS)
+                for g in range(GROUPS):
+                    raw_u = ahead_u
+                    raw_v = ahead_v
+                    g_next = (g + 1) % GROUPS
+                    ahead_u = load_raw(words_ptr + tl.where(g + 1 < GROUPS, tile_u, next_u), g_next, j, K, LATTICE, GROUPS)
+                    ahead_v = load_raw(words_ptr + tl.where(g + 1 < GROUPS, tile_v, next_v), g_next, j, K, LATTICE, GROUPS)
+                    sums, cursors, x_lane = _multiply_group(
+                        sums,
+                        raw_u,
+                        raw_v,
+                        cursors,
+                        odd,
+                        streams,
+                        addresses,
+                        table_ptr,
+                        table_address,
+                        x_ptr,
+                        x_lane,
+                        x_step,
+                        LATTICE,
+                        K,
+                        SHIFT,
+                        LENGTH_PLACE,
+                        STREAM,
+                        ROW_BYTES,
+                        BLOCKS,
+                        NUM_WARPS,
+                    )
+
+            updated_totals = ()
+            for b in tl.static_range(BLOCKS):
+                s0 = column_scales[2 * b]
+                s1 = column_scales[2 * b + 1]
+                updated_totals = updated_totals + (
+                    totals[4 * b] + sums[4 * b].to(tl.float32) * (s0 * scale_u),
+                    totals[4 * b + 1] + sums[4 * b + 1].to(tl.float32) * (s1 * scale_u),
+                    totals[4 * b + 2] + sums[4 * b + 2].to(tl.float32) * (s0 * scale_v),
+                    totals[4 * b + 3] + sums[4 * b + 3].to(tl.float32) * (s1 * scale_v),
+                )
+            totals = updated_totals
+            tile_u = next_u
+            tile_v = next_v
+            strip_done = strip
+            t_done = t
+            strip = strip_next
+            t = t_next
+
+        if PDL:
+            if turn + 1 == rounds:
+                gdc_launch_dependents()
+        row_u = strip_done * 16 + r
+        row_v = row_u + 8
+        mine = tl.program_id(0) * NUM_WARPS + warp + turn * stride < units
+        if SPLIT:
+            part = t_done // chunk
+            for b in tl.static_range(BLOCKS):
+                for i in tl.static_range(4):
+                    row = row_u if i < 2 else row_v
+                    m = m0 + 8 * b + 2 * j + i % 2
+                    tl.store(partial_ptr + (part * M_PAD + m).to(tl.int64) * N + row, totals[4 * b + i], mask=mine & (row < N))
+            # idle warps count in a spare counter
+            counter = tl.where(mine, strip_done, strips)
+            done = _count_in(counter_ptr + tl.program_id(1) * (strips + 1) + counter, lane, NUM_WARPS)
+            mine = mine & (done == splits - 1)
         for b in tl.static_range(BLOCKS):
             for i in tl.static_range(4):
                 row = row_u if i < 2 else row_v
                 m = m0 + 8 * b + 2 * j + i % 2
-                mask = last & (row < N) & (m < M)
-                value = tl.zeros([32 * NUM_WARPS], tl.float32)
-                for s in tl.static_range(SPLITS):
-                    # not from L1, which may hold what was there before
-                    value += tl.load(partial_ptr + (s * M_PAD + m).to(tl.int64) * N + row, mask=mask, other=0.0, cache_modifier=".cg")
+                mask = mine & (row < N) & (m < M)
+                value = totals[4 * b + i]
+                if SPLIT:
+                    value = tl.zeros([32 * NUM_WARPS], tl.float32)
+                    for s in range(splits):
+                        # not from L1, which may hold what was there before
+                        value += tl.load(partial_ptr + (s * M_PAD + m).to(tl.int64) * N + row, mask=mask, other=0.0, cache_modifier=".cg")
                 if HAS_BIAS:
                     value += tl.load(bias_ptr + row, mask=mask, other=0.0).to(tl.float32)
                 tl.store(out_ptr + m.to(tl.int64) * N + row, value.to(out_ptr.dtype.element_ty), mask=mask)

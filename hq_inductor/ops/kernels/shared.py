@@ -1,12 +1,13 @@
-"""Shared memory of one thread block, by inline PTX: the decoding table, and two buffers per warp for stream planes on their way in.
+"""Shared memory of one thread block, by inline PTX: the decoding tables, and two buffers per warp for stream planes on their way in.
 
 Triton allocates shared memory only for its own conversions, and has no gather from it. Layout, in bytes:
 
-    0 .. 16 KiB           the decoding table, `[4096]` int32
-    16 KiB + 4 KiB w      warp w: two buffers of 16 rows x 32 words; word i of row r at `128 r + ((4 i) ^ (16 (r % 8)))`
+    0 .. 32 KiB                  the decoding tables, `[2, 4096]` int32: forwards, backwards
+    32 KiB + 32 ROW_BYTES w      warp w: two buffers of 16 rows of ROW_BYTES (64 or 128); word i of row r at
+                                 `ROW_BYTES r + ((4 i) ^ (16 (r % 8)) % ROW_BYTES)`, which spreads the rows over the banks
 
-Addresses are `base | offset` with the offset masked, so that no bits read from a tile can lead out of a buffer. The 48 KiB of 8 warps are the
-most that a kernel may declare statically.
+Addresses are `base | offset` with the offset masked, so that no bits read from a tile can lead out of a buffer. 48 KiB are the most that a kernel may
+declare statically: 8 warps with rows of 64 bytes, 4 with rows of 128.
 """
 
 from __future__ import annotations
@@ -14,29 +15,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-TABLE_BYTES = tl.constexpr(16384)
-WARP_BYTES = tl.constexpr(4096)
-BUFFER_BYTES = tl.constexpr(2048)
-MAX_WARPS = 8
-MAX_STAGED_WORDS = 32
+TABLE_BYTES = tl.constexpr(32768)
+
+
+def row_bytes(stream_words: int) -> int:
+    """Bytes of a row's stream plane in a buffer, or 0 where it is too long for one."""
+    return 64 if stream_words <= 16 else 128 if stream_words <= 32 else 0
 
 
 @triton.jit
-def declare_shared(thread, NUM_WARPS: tl.constexpr):
+def declare_shared(thread):
     """Declare the block's shared memory, once per kernel; returns its address, int32 of the shape of `thread`."""
-    if NUM_WARPS == 8:
-        return tl.inline_asm_elementwise(
-            ".shared .align 128 .b8 hq_shared[49152]; mov.u32 $0, hq_shared;", "=r,r", [thread], tl.int32, is_pure=False, pack=1
-        )
-    elif NUM_WARPS == 4:
-        return tl.inline_asm_elementwise(
-            ".shared .align 128 .b8 hq_shared[32768]; mov.u32 $0, hq_shared;", "=r,r", [thread], tl.int32, is_pure=False, pack=1
-        )
-    else:
-        tl.static_assert(NUM_WARPS <= 2)
-        return tl.inline_asm_elementwise(
-            ".shared .align 128 .b8 hq_shared[24576]; mov.u32 $0, hq_shared;", "=r,r", [thread], tl.int32, is_pure=False, pack=1
-        )
+    return tl.inline_asm_elementwise(
+        ".shared .align 128 .b8 hq_shared[49152]; mov.u32 $0, hq_shared;", "=r,r", [thread], tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit
@@ -78,13 +70,8 @@ def commit_copies(thread):
 
 
 @triton.jit
-def wait_copies(thread, PENDING: tl.constexpr):
-    """Wait until at most `PENDING` (0 or 1) batches of the calling thread are under way, then for the warp."""
-    if PENDING == 0:
-        tl.inline_asm_elementwise(
-            "cp.async.wait_group 0; bar.warp.sync 0xffffffff; mov.u32 $0, $1;", "=r,r", [thread], tl.int32, is_pure=False, pack=1
-        )
-    else:
-        tl.inline_asm_elementwise(
-            "cp.async.wait_group 1; bar.warp.sync 0xffffffff; mov.u32 $0, $1;", "=r,r", [thread], tl.int32, is_pure=False, pack=1
-        )
+def wait_copies(thread):
+    """Wait for all copies of the calling warp."""
+    tl.inline_asm_elementwise(
+        "cp.async.wait_group 0; bar.warp.sync 0xffffffff; mov.u32 $0, $1;", "=r,r", [thread], tl.int32, is_pure=False, pack=1
+    )

@@ -1,10 +1,14 @@
 """Decode one vector of a tile per thread: the device form of `hq_inductor.format.rice.decode_tiles`.
 
 Thread 4 r + j of a warp reads lane j of row r. A vector comes out as two int32 of four int8 codes, which is what the thread holds of an
-`m16n8k32` int8 operand. A lane's cursor is a bit position; odd lanes, which read backwards, use its complement: word i of the plane is then
-word ~i, and bits are reversed as words are read, so that all lanes run the same code.
+`m16n8k32` int8 operand; the codes are `codes << GAIN`, GAIN = SHIFT - TileLayout.shift.
 
-Cost.  About 40 instructions per vector (E8, k = 2) and two dependent table look-ups.
+Even lanes read forwards, odd ones backwards, by the same instructions: a window is 32 bits of the stream in storage order, with a lane's next bits
+at its top or its bottom. Rotated by a constant of the lane they come to bits 2 to 13, a byte offset into the lane's table; and rotated on
+by the length of the code, the next ones do. A cursor is the position of the window's first bit, plus 32 in even lanes; so bits 5 and up always
+number the word that the lane comes to next.
+
+Cost.  About 30 instructions per vector (E8, k = 3), of which 27 on the integer pipe, and two dependent table look-ups.
 """
 
 from __future__ import annotations
@@ -12,24 +16,33 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .bits import INTERPRETED, funnel_left, parity, reverse_bits, shift_left_wrap, shift_right, spread_sign, spread_signs
+from .bits import INTERPRETED, and_xor, funnel_left, parity, rotate_left, shift_right, spread_sign, spread_signs
 from .shared import load_shared
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
-def load_header(tile_ptr, RAW: tl.constexpr, END: tl.constexpr, WALL_UNIT: tl.constexpr):
-    """Scale (fp32) and wall (a bit of the stream plane) of the tile at `tile_ptr`."""
-    header = tl.load(tile_ptr + RAW)
+def read_header(header, END: tl.constexpr, WALL_UNIT: tl.constexpr, GAIN: tl.constexpr):
+    """Scale of the kernels' codes (fp32) and wall (a bit of the stream plane) from the plane's first word."""
     wall = (16 + (END - 16) // 2) + WALL_UNIT * ((shift_right(header, 16) & 15) - 8)
-    scale = ((shift_right(header, 20) + (127 - 40) * 64) << 17).to(tl.float32, bitcast=True)
+    scale = ((shift_right(header, 20) + (127 - 40 - GAIN) * 64) << 17).to(tl.float32, bitcast=True)
     return scale, wall
 
 
 @triton.jit
-def load_raw(tile_ptr, g, j, K: tl.constexpr, LATTICE: tl.constexpr):
-    """Signs and low-bit planes 1 to 4 (those beyond K - 1 repeat the signs) of group `g`, lane `j`."""
+def load_raw_word(tile_ptr, i, j, COUNT: tl.constexpr):
+    """Raw word `i` of lane `j`; `COUNT` words per lane. Not for d4."""
+    REST: tl.constexpr = COUNT % 4
+    FULL: tl.constexpr = COUNT - REST
+    place = tl.where(i < FULL, (i // 4) * 16 + j * 4, 4 * FULL + REST * j) + i % 4
+    return tl.load(tile_ptr + place)
+
+
+@triton.jit
+def load_raw(tile_ptr, g, j, K: tl.constexpr, LATTICE: tl.constexpr, GROUPS: tl.constexpr):
+    """The K raw words of group `g`, lane `j`, word by word."""
+    words = ()
     if LATTICE == "d4":
         group_ptr = tile_ptr + g * (4 * K - 1)
         s0 = tl.load(group_ptr)
@@ -37,68 +50,107 @@ def load_raw(tile_ptr, g, j, K: tl.constexpr, LATTICE: tl.constexpr):
         s2 = tl.load(group_ptr + 2 * K)
         last = (shift_right(s0, 24)) | (shift_right(s1, 24) << 8) | (shift_right(s2, 24) << 16)
         own = tl.where(j == 0, s0, tl.where(j == 1, s1, s2)) & 0xFFFFFF
-        signs = tl.where(j == 3, last, own)
-        low_ptr = group_ptr + j * K - tl.where(j == 3, 1, 0)
+        words = words + (tl.where(j == 3, last, own),)
+        for w in tl.static_range(1, K):
+            words = words + (tl.load(group_ptr + j * K + w - tl.where(j == 3, 1, 0)),)
     else:
-        low_ptr = tile_ptr + g * (4 * K) + j * K
-        signs = tl.load(low_ptr)
-    low1 = signs
-    low2 = signs
-    low3 = signs
-    low4 = signs
-    if K >= 2:
-        low1 = tl.load(low_ptr + 1)
-    if K >= 3:
-        low2 = tl.load(low_ptr + 2)
-    if K >= 4:
-        low3 = tl.load(low_ptr + 3)
-    if K >= 5:
-        low4 = tl.load(low_ptr + 4)
-    return signs, low1, low2, low3, low4
+        for w in tl.static_range(K):
+            words = words + (load_raw_word(tile_ptr, g * K + w, j, K * GROUPS),)
+    return words
 
 
 @triton.jit
-def restore_signs(signs, low1, K: tl.constexpr, LATTICE: tl.constexpr):
-    """Put the implied signs of a group's four vectors in place. For K = 1 the quotients decide too: `decode_vector` does the rest."""
+def restore_signs(raw, K: tl.constexpr, LATTICE: tl.constexpr):
+    """Signs with the implied ones of a group's four vectors in place. For K = 1 the quotients decide too: `decode_vector` does the rest."""
+    signs = raw[0]
     if LATTICE == "e8" or LATTICE == "d4":
         odd = signs
-        if K >= 2:
-            odd = signs ^ low1
+        if K == 2:
+            odd = signs ^ raw[1]
+        if K >= 3:
+            # the lowest bits of both words of a pair, in the order of the signs
+            odd = signs ^ and_xor(raw[1], 0x55555555, (raw[2] & 0x55555555) << 1)
         odd = odd ^ shift_right(odd, 16)
         odd = odd ^ shift_right(odd, 8)
         if LATTICE == "e8":
-            odd = odd ^ shift_right(odd, 1)
-            signs = signs ^ ((odd & 0x55) << 25)
+            signs = signs ^ (((odd ^ shift_right(odd, 2)) & 0x33) << 26)
         else:
-            signs = signs ^ ((odd & 0xFF) << 24)
+            signs = signs ^ (odd << 24)
     return signs
 
 
 @triton.jit
 def first_cursor(wall, j, END: tl.constexpr):
-    """Cursor of each lane before its first code, plus 32 (the window's second word is the one that is read ahead)."""
-    left = tl.where(j == 0, 16, -wall)
-    right = tl.where(j == 2, wall, -END)
-    return tl.where(j < 2, left, right) + 32
+    """Cursor of each lane before its first code: the window's first bit, plus 32 in even lanes."""
+    left = tl.where(j == 0, 16 + 32, wall - 32)
+    right = tl.where(j == 2, wall + 32, END - 32)
+    return tl.where(j < 2, left, right)
 
 
 @triton.jit
-def read_word(stream_ptr, lane_address, x, odd, STREAM_WORDS: tl.constexpr, STAGED: tl.constexpr):
-    """Word `x >> 5` of a lane's stream, first bit on top. `lane_address` holds the complement of odd lanes."""
-    if STAGED:
-        word = load_shared(((x >> 3) & 0x7C) ^ lane_address)
+def stream_word(stream_ptr, row_address, x, STREAM: tl.constexpr, ROW_BYTES: tl.constexpr):
+    """Word `x >> 5` of the stream plane, from its copy in shared memory if there is one (ROW_BYTES > 0)."""
+    if ROW_BYTES > 0:
+        return load_shared(((x >> 3) & (ROW_BYTES - 4)) ^ row_address)
     else:
-        index = (x >> 5) ^ tl.where(odd, -1, 0)
-        word = tl.load(stream_ptr + tl.minimum(tl.maximum(index, 0), STREAM_WORDS - 1))
-    return tl.where(odd, reverse_bits(word), word)
+        return tl.load(stream_ptr + tl.minimum(tl.maximum(x >> 5, 0), STREAM - 1))
 
 
 @triton.jit
-def look_up(table_ptr, table_address, index):
-    if _INTERPRETED:
-        return tl.load(table_ptr + index)
-    else:
-        return load_shared(table_address + index * 4)
+def first_words(stream_ptr, row_address, x, odd, STREAM: tl.constexpr, ROW_BYTES: tl.constexpr):
+    """The two words that the first window lies in."""
+    begin = x - 32 + 32 * odd
+    first = stream_word(stream_ptr, row_address, begin, STREAM, ROW_BYTES)
+    return first, stream_word(stream_ptr, row_address, begin + 32, STREAM, ROW_BYTES)
+
+
+if INTERPRETED:
+
+    @triton.jit
+    def look_up(table_ptr, table_address, window, odd):
+        return tl.load(table_ptr + (shift_right(window, 2) & 0xFFF) + odd * 4096)
+
+    @triton.jit
+    def _advance(first, second, before, after, odd, stream_ptr, row_address, STREAM: tl.constexpr, ROW_BYTES: tl.constexpr):
+        moved = ((before ^ after) & 32) != 0
+        word = stream_word(stream_ptr, row_address, after, STREAM, ROW_BYTES)
+        return tl.where(moved, tl.where(odd != 0, word, second), first), tl.where(moved, tl.where(odd != 0, first, word), second)
+
+else:
+
+    @triton.jit
+    def look_up(table_ptr, table_address, window, odd):
+        """Entry of the code at bits 2 to 13 of `window`. `odd` is 0 or 1."""
+        return load_shared(((window & 0x3FFC) | (odd << 14)) + table_address)
+
+    @triton.jit
+    def _advance(first, second, before, after, odd, stream_ptr, row_address, STREAM: tl.constexpr, ROW_BYTES: tl.constexpr):
+        """Shift the window's words and fetch one where the cursor came to another word."""
+        if ROW_BYTES > 0:
+            address = ((after >> 3) & (ROW_BYTES - 4)) ^ row_address
+            return tl.inline_asm_elementwise(
+                """{
+                .reg .pred up, down; .reg .b32 moved, mine;
+                xor.b32 moved, $2, $3;
+                and.b32 mine, moved, $4;
+                setp.ne.u32 up, mine, 0;
+                and.b32 mine, moved, $5;
+                setp.ne.u32 down, mine, 0;
+                @up mov.b32 $0, $1;
+                @up ld.shared.b32 $1, [$6];
+                @down mov.b32 $1, $0;
+                @down ld.shared.b32 $0, [$6];
+                }""",
+                "=r,=r,r,r,r,r,r,0,1",
+                [before, after, (1 - odd) * 32, odd * 32, address, first, second],
+                (tl.int32, tl.int32),
+                is_pure=False,
+                pack=1,
+            )
+        else:
+            moved = ((before ^ after) & 32) != 0
+            word = stream_word(stream_ptr, row_address, after, STREAM, ROW_BYTES)
+            return tl.where(moved, tl.where(odd != 0, word, second), first), tl.where(moved, tl.where(odd != 0, first, word), second)
 
 
 @triton.jit
@@ -106,78 +158,80 @@ def next_quads(
     first,
     second,
     x,
-    stream_ptr,
-    lane_address,
     odd,
+    stream_ptr,
+    row_address,
     table_ptr,
     table_address,
-    SHIFT: tl.constexpr,
-    STREAM_WORDS: tl.constexpr,
-    STAGED: tl.constexpr,
+    LENGTH_PLACE: tl.constexpr,
+    STREAM: tl.constexpr,
+    ROW_BYTES: tl.constexpr,
 ):
-    """Table entries of the lane's next vector; returns them and the window's words and cursor after it."""
-    window = funnel_left(first, second, x)
-    entry0 = look_up(table_ptr, table_address, shift_right(window, 20))
-    length0 = shift_right(entry0, SHIFT + 3)
-    window = shift_left_wrap(window, length0)
-    entry1 = look_up(table_ptr, table_address, shift_right(window, 20))
-    after = x + (length0 & 15) + (shift_right(entry1, SHIFT + 3) & 15)
-    word = read_word(stream_ptr, lane_address, after, odd, STREAM_WORDS, STAGED)
-    # at most 24 bits are used up, so the window moves on by at most one word
-    first = tl.where(((after ^ x) & 32) != 0, second, first)
-    return entry0, entry1, first, word, after
+    """Table entries of the lane's next vector; returns them and the window's words and cursor after it. `odd` is 0 or 1."""
+    window = rotate_left(funnel_left(first, second, x), 14 - 12 * odd)
+    entry0 = look_up(table_ptr, table_address, window, odd)
+    length0 = shift_right(entry0, LENGTH_PLACE)
+    entry1 = look_up(table_ptr, table_address, rotate_left(window, length0), odd)
+    # backwards lengths are 32 less; the sum is less than 32 either way
+    after = x + ((length0 + shift_right(entry1, LENGTH_PLACE)) & 31) - 32 * odd
+    first, second = _advance(first, second, x, after, odd, stream_ptr, row_address, STREAM, ROW_BYTES)
+    return entry0, entry1, first, second, after
 
 
 @triton.jit
-def _half(entry, bit: tl.constexpr, signs, low1, low2, low3, low4, complement, K: tl.constexpr, SHIFT: tl.constexpr, LATTICE: tl.constexpr):
-    """Four codes from their quotients' entry and bit `bit` of every byte of the raw words; `complement` is all ones for odd e8 vectors."""
-    unit: tl.constexpr = SHIFT - K + 1  # place of the lowest magnitude bit in a code: 1 for e8, else 0
-    sign = spread_signs(signs << (7 - bit))
-    if unit == 1:
-        sign = (sign & -0x01010102) ^ complement
-    # quotients have three bits, or two where a code's byte has no room for more
-    mask: tl.constexpr = 0x07070707 << SHIFT if SHIFT < 5 else 0x03030303 << SHIFT
-    codes = (entry & mask) ^ sign
-    if K >= 2:
-        codes = codes ^ (_align(low1, bit, unit) & (0x01010101 << unit))
+def _field(x, place: tl.constexpr, target: tl.constexpr):
+    """Move bits from `place` to `target`."""
+    if place >= target:
+        return shift_right(x, place - target)
+    else:
+        return x << (target - place)
+
+
+@triton.jit
+def _half(entry, v: tl.constexpr, h: tl.constexpr, signs, raw, complement, K: tl.constexpr, SHIFT: tl.constexpr, LATTICE: tl.constexpr):
+    """Four codes; `complement` is all ones above the codes' unit for odd e8 vectors."""
+    unit: tl.constexpr = SHIFT - K + 1  # place of the lowest magnitude bit
+    pair: tl.constexpr = 4 * (v % 2) + 2 * h
+    single: tl.constexpr = pair + v // 2
+    sign = spread_signs(signs << (7 - single))
+    if unit > 0:
+        sign_mask: tl.constexpr = (((0xFF << unit) & 0xFF) * 0x01010101) - (1 << 32)
+        codes = and_xor(sign, sign_mask, complement) if LATTICE == "e8" else sign & sign_mask
+    else:
+        codes = sign
+    if K == 2:
+        codes = and_xor(_field(raw[1], single, unit), 0x01010101 << unit, codes)
     if K >= 3:
-        codes = codes ^ (_align(low2, bit, unit + 1) & (0x01010101 << (unit + 1)))
-    if K >= 4:
-        codes = codes ^ (_align(low3, bit, unit + 2) & (0x01010101 << (unit + 2)))
-    if K >= 5:
-        codes = codes ^ (_align(low4, bit, unit + 3) & (0x01010101 << (unit + 3)))
+        codes = and_xor(_field(raw[1 + v // 2], pair, unit), 0x03030303 << unit, codes)
+    if K == 4:
+        codes = and_xor(_field(raw[3], single, unit + 2), 0x01010101 << (unit + 2), codes)
+    if K == 5:
+        codes = and_xor(_field(raw[3 + v // 2], pair, unit + 2), 0x03030303 << (unit + 2), codes)
+    # three bits of quotient, or two right below the sign
+    mask: tl.constexpr = 0x07070707 << SHIFT if SHIFT < 5 else 0x60606060
+    codes = and_xor(entry, mask, codes)
     if LATTICE == "a2":
         codes = (codes & 0x00FF00FF) | ((codes << 1) & -0x01FF0200) | ((codes & 0x00010001) << 8)
     return codes
 
 
 @triton.jit
-def _align(x, bit: tl.constexpr, place: tl.constexpr):
-    """Move bit `bit` of every byte to `place`."""
-    if bit >= place:
-        return shift_right(x, bit - place)
-    else:
-        return x << (place - bit)
-
-
-@triton.jit
-def decode_vector(
-    entry0, entry1, v: tl.constexpr, stored, signs, low1, low2, low3, low4, K: tl.constexpr, SHIFT: tl.constexpr, LATTICE: tl.constexpr
-):
-    """Codes of vector `v` (0 to 3) of a group: symbols 0 to 3 and 4 to 7, four int8 each.
-
-    `stored` are the signs as stored, `signs` after `restore_signs`.
-    """
-    complement = stored
+def decode_vector(entry0, entry1, v: tl.constexpr, signs, raw, K: tl.constexpr, SHIFT: tl.constexpr, LATTICE: tl.constexpr):
+    """Codes of vector `v` (0 to 3) of a group: symbols 0 to 3 and 4 to 7, four int8 each. `signs` from `restore_signs`."""
+    complement = signs
     if LATTICE == "e8":
-        complement = spread_sign(stored << (6 - 2 * v))
+        unit: tl.constexpr = SHIFT - K
+        # the coset bit: byte 3, half 1
+        complement = spread_sign(raw[0] << (5 - 4 * (v % 2) - v // 2))
+        if unit > 0:
+            complement = complement & ((((0xFF << unit) & 0xFF) * 0x01010101) - (1 << 32))
     if K == 1:
         if LATTICE == "e8":
             odd = parity((entry0 ^ entry1) & (0x01010101 << SHIFT))
-            signs = signs ^ (odd << (25 + 2 * v))
+            signs = signs ^ (odd << (26 + 4 * (v % 2) + v // 2))
         elif LATTICE == "d4":
-            signs = signs ^ (parity(entry0 & (0x01010101 << SHIFT)) << (24 + 2 * v))
-            signs = signs ^ (parity(entry1 & (0x01010101 << SHIFT)) << (25 + 2 * v))
-    low = _half(entry0, 2 * v, signs, low1, low2, low3, low4, complement, K, SHIFT, LATTICE)
-    high = _half(entry1, 2 * v + 1, signs, low1, low2, low3, low4, complement, K, SHIFT, LATTICE)
+            signs = signs ^ (parity(entry0 & (0x01010101 << SHIFT)) << (24 + 4 * (v % 2) + v // 2))
+            signs = signs ^ (parity(entry1 & (0x01010101 << SHIFT)) << (26 + 4 * (v % 2) + v // 2))
+    low = _half(entry0, v, 0, signs, raw, complement, K, SHIFT, LATTICE)
+    high = _half(entry1, v, 1, signs, raw, complement, K, SHIFT, LATTICE)
     return low, high

@@ -1,0 +1,81 @@
+"""The number formats of the matrix products: what activations and rotated weights are rounded to before they are multiplied.
+
+| `mma`   | activations                                   | weights                                  |
+| `int8`  | int8, one fp32 scale per row and tile         | lattice codes as they are, exact         |
+| `fp8`   | e4m3, one fp32 scale per row                  | e4m3, one fp32 scale per row             |
+| `bf16`  | the activations' own dtype                    | the same dtype                           |
+| `nvfp4` | e2m1, an e4m3 scale per 16, one fp32 per tensor | the same                               |
+| `mxfp4` | e2m1, a power-of-two scale per 32             | the same                                 |
+
+Each function rounds and gives back real values: the reference for kernels, and what runs where the hardware has no such format. Rounding of
+elements is to nearest, ties to even; scales are chosen as the formats' specifications do.
+Source.  OCP Microscaling Formats 1.0 (mxfp4: shared exponent `floor(log2(max)) - 2`); NVIDIA's nvfp4 (block scale `max / 6` in e4m3, tensor scale
+         `max / (6 * 448)`); HyperQuant, arXiv 2606.23406 (tensor-core paths).
+"""
+
+from __future__ import annotations
+
+import torch
+
+MMA = ("auto", "int8", "fp8", "bf16", "nvfp4", "mxfp4")
+E4M3_MAX = 448.0
+E2M1_MAX = 6.0
+_SMALLEST = 2.0**-126
+
+
+def check_mma(mma: str) -> None:
+    if mma not in MMA:
+        raise ValueError(f"mma must be one of {', '.join(map(repr, MMA))}, got {mma!r}")
+
+
+def round_e2m1(x: torch.Tensor) -> torch.Tensor:
+    """Nearest of 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives, ties to the even mantissa; larger values saturate."""
+    magnitude = x.abs().clamp(max=E2M1_MAX)
+    # steps of a half up to 2, of one up to 4, of two up to 6
+    step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0)).to(x.dtype)
+    return torch.copysign(torch.round(magnitude / step) * step, x)
+
+
+def int8_tiles(x: torch.Tensor, tile: int) -> torch.Tensor:
+    """Rotated activations `[M, K]` rounded to int8 with one scale per row and `tile` columns; returned as fp32."""
+    tiles = x.to(torch.float32).unflatten(-1, (-1, tile))
+    scale = tiles.abs().amax(-1, keepdim=True) / 127
+    return (torch.round(tiles / scale.clamp(min=_SMALLEST)) * scale).flatten(-2)
+
+
+def fp8_scale(x: torch.Tensor) -> torch.Tensor:
+    """Scale `[M]` that brings the largest of each row of `[M, K]` to the end of e4m3."""
+    return (x.abs().amax(-1).to(torch.float32) / E4M3_MAX).clamp(min=_SMALLEST)
+
+
+def fp8_rows(x: torch.Tensor) -> torch.Tensor:
+    """Rows of `[M, K]` rounded to e4m3 with one scale each; returned as fp32."""
+    scale = fp8_scale(x)[:, None]
+    return (x.to(torch.float32) / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).to(torch.float32) * scale
+
+
+def nvfp4_blocks(x: torch.Tensor) -> torch.Tensor:
+    """`[M, K]`, K a multiple of 16, rounded to nvfp4; returned as fp32."""
+    blocks = x.to(torch.float32).unflatten(-1, (-1, 16))
+    tensor_scale = (blocks.abs().amax() / (E2M1_MAX * E4M3_MAX)).clamp(min=_SMALLEST)
+    scale = (blocks.abs().amax(-1, keepdim=True) / (E2M1_MAX * tensor_scale)).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).to(torch.float32)
+    scale = scale * tensor_scale
+    return (round_e2m1(blocks / scale.clamp(min=_SMALLEST)) * scale).flatten(-2)
+
+
+def mxfp4_blocks(x: torch.Tensor) -> torch.Tensor:
+    """`[M, K]`, K a multiple of 32, rounded to mxfp4; returned as fp32."""
+    blocks = x.to(torch.float32).unflatten(-1, (-1, 32))
+    largest = blocks.abs().amax(-1, keepdim=True).clamp(min=_SMALLEST)
+    scale = torch.exp2(torch.floor(torch.log2(largest)) - 2).clamp(min=_SMALLEST)
+    return (round_e2m1(blocks / scale) * scale).flatten(-2)
+
+
+def round_operands(x: torch.Tensor, weight: torch.Tensor, mma: str, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotated activations `[M, K]` and weight `[N, K]` as the product in format `mma` sees them, in the dtype of `x`."""
+    if mma == "int8":
+        return int8_tiles(x, tile).to(x.dtype), weight
+    rounding = {"fp8": fp8_rows, "nvfp4": nvfp4_blocks, "mxfp4": mxfp4_blocks}.get(mma)
+    if rounding is None:
+        return x, weight
+    return rounding(x).to(x.dtype), rounding(weight).to(x.dtype)
