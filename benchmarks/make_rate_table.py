@@ -1,8 +1,8 @@
 """Compute `hq_inductor/format/rate_table.py`: Rice parameter, quotient code and starting scale of every (lattice, rate).
 
-For each rate and each (Rice parameter, number of quotient classes) the distribution of quotients on N(0, 1) is found at the scale where
-tiles come to rest, the Huffman code is made from it, and the pair with the highest SNR is kept. Run from the repository root:
-`python benchmarks/make_rate_table.py` (about four minutes on 2 cores).
+For each rate and each (Rice parameter, number of quotient classes) the distribution of the quotients that the default effort chooses on
+N(0, 1) is found at the scale where tiles come to rest, the Huffman code is made from it, and the pair with the highest SNR is kept. Run
+from the repository root: `python benchmarks/make_rate_table.py` (about two minutes).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from hq_inductor.format.layout import LATTICES, TileLayout
 from hq_inductor.format.quantizer import quantize_tiles
 from hq_inductor.format.quotient_code import TABLE_BITS, huffman_lengths, quad_weights
 from hq_inductor.format.rice import magnitudes
+from hq_inductor.format.rounding import forget_tables
 
 TILE = 512
 SAMPLES = 2**16
@@ -56,11 +57,11 @@ def smallest_floor(even: tuple[int, ...], odd: tuple[int, ...]) -> int | None:
 def design(lattice: str, eighths: int, k: int, classes: int, x: torch.Tensor) -> tuple[float, rate_table.Rate] | None:
     """(SNR in dB, table row), or None where the code does not fit."""
     rms = 0.42 * 2 ** (eighths / 8) * (0.5 if lattice in ("d4", "z") else 0.8 if lattice == "a2" else 1.0)
-    row = None
-    for _ in range(3):
-        codes = nearest_point(x.reshape(-1, 8) * rms, lattice).to(torch.int32)
-        symbols, _ = codes_to_symbols(codes, lattice)
-        if (magnitudes(symbols) >= classes << (k - 1)).float().mean() > 4e-3:
+    # from the statistics of nearest points to those of what the quantizer chooses for the code that is made from them
+    codes = nearest_point(x.reshape(-1, 8) * rms, lattice).to(torch.int32)
+    for _ in range(4):
+        symbols, _ = codes_to_symbols(codes.reshape(-1, 8).to(torch.int32), lattice)
+        if (magnitudes(symbols) >= classes << (k - 1)).float().mean() > 2e-2:
             return None
         even, odd = class_weights(symbols, k, classes)
         floor = smallest_floor(even, odd)
@@ -69,6 +70,7 @@ def design(lattice: str, eighths: int, k: int, classes: int, x: torch.Tensor) ->
         zeros = huffman_lengths(quad_weights(even, odd, floor))[0]
         row = rate_table.Rate(k, even, odd, floor, zeros, rms, 0.0)
         rate_table.RATE_TABLE[lattice][eighths] = row
+        forget_tables()
         try:
             layout = TileLayout(lattice, TILE, eighths, TILE * eighths // 256)
         except ValueError:
@@ -89,7 +91,8 @@ def source() -> str:
         for eighths, row in sorted(rates.items()):
             weights = f"{row.even}, {row.odd}" if row.even != row.odd else f"*(2 * ({row.even},))"
             text.append(
-                f"        {eighths}: Rate({row.rice_parameter}, {weights}, {row.floor}, {row.zeros_length}, {row.start_rms}, {row.snr_db}),\n"
+                f"        {eighths}: Rate({row.rice_parameter}, {weights}, {row.floor}, {row.zeros_length}, {row.start_rms},
+                {row.snr_db}),\n"
             )
         text.append("    },\n")
     return "".join(text) + "}\n"
@@ -101,9 +104,9 @@ def main() -> None:
         rates = rate_table.RATE_TABLE[lattice]
         rates.clear()
         for eighths in tqdm(range(14 if lattice == "e8" else 16, 49), desc=lattice, leave=False):
-            # of k and k + 1 with 3 to 6 classes, those that ever won when all were tried
+            # of k and k + 1 with 2 to 6 classes, those that ever won when all were tried, and (k, 6)
             k = max(1, eighths // 8 - 1)
-            trials = [design(lattice, eighths, *pair, x[:64]) for pair in ((k, 4), (k, 5), (k, 6), (k + 1, 3), (k + 1, 4))]
+            trials = [design(lattice, eighths, *pair, x[:64]) for pair in ((k, 3), (k, 4), (k, 5), (k, 6), (k + 1, 3), (k + 1, 4))]
             best = max((t for t in trials if t is not None), key=lambda t: t[0])[1]
             rates[eighths] = design(lattice, eighths, best.rice_parameter, len(best.even), x)[1]
     OUTPUT.write_text(source())

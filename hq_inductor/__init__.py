@@ -1,6 +1,8 @@
 """HyperQuant for torch.compile: entropy-coded lattice weights at an exact rate, as torchao tensors."""
 
 from . import ops
+from .allocate import allocate_rates
+from .balance import BalancedGroup, balance_columns
 from .module import HyperQuantLinear
 from .quantize import HyperQuantWeightConfig, hyperquant_weight
 from .report import QuantizationReport, quantization_report
@@ -9,10 +11,13 @@ from .tensor import HyperQuantTensor
 __version__ = "0.1.0"
 
 __all__ = [
+    "BalancedGroup",
     "HyperQuantLinear",
     "HyperQuantTensor",
     "HyperQuantWeightConfig",
     "QuantizationReport",
+    "allocate_rates",
+    "balance_columns",
     "hyperquant_weight",
     "ops",
     "quantization_report",

@@ -6,13 +6,14 @@ import types
 import warnings
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
 from torchao.quantization.transform_module import register_quantize_module_handler
 
+from .balance import column_scale
 from .format.mma import check_mma
+from .format.quantizer import check_effort
 from .format.rates import MAX_PADDING, check_rate, check_tile, weight_layout
 from .module import HyperQuantLinear
 from .tensor import HyperQuantTensor
@@ -27,11 +28,13 @@ class HyperQuantWeightConfig(AOBaseConfig):
         lattice: `"e8"` (best), `"d4"`, `"a2"` or `"z"`.
         tile: coefficients that share a scale and a bit budget, a multiple of 128; None chooses by layer.
         seed: selects the random signs of the Hadamard transform; layers that share an input should share it.
-        balance_columns: divide each weight column by a power of its size, and multiply the activation by it, which lowers the output
-            error where columns differ. Adds 16 bits per column (16 / out_features bits per weight).
+        balance_columns: divide each weight column by the square root of its size, and multiply the activation by it, which lowers the
+            output error where columns differ. Adds 16 bits per column (16 / out_features bits per weight). The function
+            `hq_inductor.balance_columns` knows the activations too and mostly adds no bits; its layers ignore this switch.
         mma: number format of the products: `"auto"` (fastest that is no less accurate than int8), `"int8"`, `"fp8"`, `"bf16"`,
             `"nvfp4"` or `"mxfp4"`; see `hq_inductor.format.mma`.
         max_padding: layers whose columns need more padding than this share are left alone, with a warning.
+        effort: 0, 1 or 2, how hard the encoder tries (`HyperQuantTensor.from_hp`); decoding is the same.
         check_values: refuse weights with NaN, inf or values too large. False is for servers that make room for packed weights by
             quantizing uninitialized memory.
 
@@ -46,11 +49,13 @@ class HyperQuantWeightConfig(AOBaseConfig):
     balance_columns: bool = False
     max_padding: float = MAX_PADDING
     mma: str = "auto"
+    effort: int = 1
     check_values: bool = True
 
     def __post_init__(self) -> None:
         check_rate(self.bps, self.lattice)
         check_tile(self.tile)
+        check_effort(self.effort)
         check_mma(self.mma)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**31:
             raise ValueError(f"seed must be an integer from 0 to 2**31 - 1, got {self.seed!r}")
@@ -70,27 +75,15 @@ def hyperquant_weight(
     balance_columns: bool = False,
     max_padding: float = MAX_PADDING,
     mma: str = "auto",
+    effort: int = 1,
     check_values: bool = True,
 ) -> HyperQuantWeightConfig:
     """The config for `quantize_(model, hyperquant_weight(bps=4))`; see `HyperQuantWeightConfig`."""
-    return HyperQuantWeightConfig(bps, lattice, tile, seed, balance_columns, max_padding, mma, check_values)
+    return HyperQuantWeightConfig(bps, lattice, tile, seed, balance_columns, max_padding, mma, effort, check_values)
 
 
-def column_scale(weight: torch.Tensor) -> torch.Tensor:
-    """Data-free `act_pre_scale`, `[K]` bf16: the square root of each column's root mean square, relative to their geometric mean.
-
-    The quantization noise is white in the rotated domain. With columns multiplied by `d_i` and activations by `1 / d_i`, the expected error
-    of a tile is proportional to `sum(rms_w_i^2 d_i^2) * sum(rms_x_i^2 / d_i^2)`, least at `d_i = sqrt(rms_x_i / rms_w_i)`; here
-    `rms_x = 1`. Limited to a factor of 16, so that dead columns do not blow up their activations' noise.
-    """
-    rms = weight.to(torch.float32).square().mean(0).sqrt()
-    log = torch.log2(rms.clamp(min=1e-30)) / 2
-    alive = rms > 0
-    center = log[alive].mean() if bool(alive.any()) else log.new_zeros(())
-    return torch.exp2((log - center).clamp(-4, 4)).to(torch.bfloat16)
-
-
-def _why_left_alone(in_features: int, config: HyperQuantWeightConfig) -> str | None:
+def why_left_alone(in_features: int, config: HyperQuantWeightConfig) -> str | None:
+    """The reason not to quantize a layer, or None."""
     layout = weight_layout(in_features, config.bps, config.lattice, config.tile)
     if layout.padding > config.max_padding:
         return (
@@ -113,14 +106,19 @@ def _quantize_module(module: nn.Module, config: HyperQuantWeightConfig, *, param
         raise ValueError(f"{type(module).__name__}.{parameter_name} must be a matrix or a stack of them, got shape {tuple(weight.shape)}")
     if weight.dim() == 3 and config.balance_columns:
         raise ValueError(f"balance_columns must be False for a stack of matrices ({type(module).__name__}.{parameter_name}), got True")
-    reason = _why_left_alone(weight.shape[-1], config)
+    reason = why_left_alone(weight.shape[-1], config)
     if reason is not None:
         warnings.warn(f"{module}: {parameter_name} left unquantized: {reason}", stacklevel=2)
         return module
-    scale = column_scale(weight) if config.balance_columns else None
+    # from `hq_inductor.balance_columns`, which knows the activations
+    scale = getattr(module, "balance_scale", None)
+    if scale is None and config.balance_columns:
+        scale = column_scale(weight)
     packed = HyperQuantTensor.from_hp(
-        weight, config.bps, config.lattice, config.tile, config.seed, scale, mma=config.mma, check_values=config.check_values
+        weight, config.bps, config.lattice, config.tile, config.seed, scale, config.mma, config.effort, config.check_values
     )
+    if "balance_scale" in module._buffers:
+        del module.balance_scale
     if type(module) is nn.Linear and parameter_name == "weight" and packed.dim() == 2:
         return HyperQuantLinear.from_linear(module, packed)
     setattr(module, parameter_name, nn.Parameter(packed, requires_grad=False))

@@ -8,7 +8,7 @@ import pytest
 import hq_inductor
 
 ROOT = Path(hq_inductor.__file__).parent
-FLOORS = ("format", "ops", "tensor", "passes", "module", "quantize", "report", "integrations", "cli", "")
+FLOORS = ("format", "ops", "tensor", "passes", "balance", "module", "quantize", "allocate", "report", "integrations", "cli", "")
 
 
 def floor(module: str) -> int:

@@ -75,7 +75,7 @@ def test_fqn_to_config():
 
 
 def test_config_round_trips_through_json_dicts():
-    config = hyperquant_weight(bps=3.5, lattice="a2", tile=256, seed=9, balance_columns=True)
+    config = hyperquant_weight(bps=3.5, lattice="a2", tile=256, seed=9, balance_columns=True, effort=2)
     again = config_from_dict(config_to_dict(config))
     assert isinstance(again, HyperQuantWeightConfig) and again == config
 
@@ -99,6 +99,7 @@ def test_layers_that_do_not_fit_are_left_alone_and_named():
         ({"lattice": "e9"}, ValueError, "lattice must be one of"),
         ({"lattice": 8}, ValueError, "lattice must be one of"),
         ({"tile": 64}, ValueError, "tile must be None or a multiple of 128"),
+        ({"effort": 3}, ValueError, "effort must be 0, 1 or 2, got 3"),
         ({"seed": -1}, ValueError, "seed must be an integer"),
         ({"balance_columns": 1}, TypeError, "balance_columns must be a bool, got int"),
         ({"max_padding": -0.1}, ValueError, "max_padding must be at least 0, got -0.1"),

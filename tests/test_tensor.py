@@ -159,7 +159,7 @@ def test_save_and_load_weights_only():
 
 def test_other_format_version_is_refused():
     weight = HyperQuantTensor.from_hp(torch.randn(8, 512))
-    with pytest.raises(ValueError, match="format_version must be 2, got 1"):
+    with pytest.raises(ValueError, match="format_version must be 3, got 1"):
         weight._replace(format_version=1)
 
 

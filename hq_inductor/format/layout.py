@@ -19,8 +19,8 @@ Storage.     words = [ raw plane | stream plane ]
              Word i = k g + w of a lane stands at `16 (i / 4) + 4 j + i % 4`, and if the number of words is no multiple of 4, the last r
              words of each lane at `r j + i % 4` after those: 16-byte loads of a lane, 64 bytes of four.
              E8: the sign of a vector's last symbol is implied by the even sum; its place holds the coset bit.
-             D4: the sign of every fourth symbol (byte 3) is implied; lane 3's three remaining bytes of that word fill the free bytes of lanes
-             0, 1, 2, and its own word is not stored. Its words stand group by group and lane by lane.
+             D4: the sign of every fourth symbol (byte 3) is implied; lane 3's three remaining bytes of that word fill the free bytes of
+             lanes 0, 1, 2, and its own word is not stored. Its words stand group by group and lane by lane.
 
              Stream plane: bits counted from the most significant bit of its first word.
 
@@ -29,9 +29,10 @@ Storage.     words = [ raw plane | stream plane ]
 
              `scale`: 6 exponent and 6 mantissa bits, no sign, `2^(e - 40) (1 + m / 64)`: finite for all 4096 codes.
              `wall`: 4 bits; the middle wall stands `wall_unit * (code - 8)` bits from the centre.
-             Each lane writes the Huffman codes (`hq_inductor.format.quotient_code`) of its `tile / 16` quads of quotients in the direction of
-             its arrow, every code with its most significant bit first in that direction. Two lanes share a region from both ends, so neither
-             start offsets nor a fixed quarter each have to be paid for; unused bits are zero.
+             Each lane writes the Huffman codes (`hq_inductor.format.quotient_code`) of its `tile / 16` quads of quotients in the
+             direction of
+             its arrow, every code with its most significant bit first in that direction. Two lanes share a region from both ends, so
+             neither start offsets nor a fixed quarter each have to be paid for; unused bits are zero.
 
 Invariants.  Encoders guarantee that both regions hold their lanes' codes and that quotients are below `classes`. Decoders may rely on
              neither for memory safety. A vector's codes take at most 24 bits, whatever the words hold: one 32-bit window reads a vector.
@@ -52,7 +53,7 @@ import torch
 from .quotient_code import QUAD, TABLE_BITS, QuotientCode, on_device, quotient_code
 from .rate_table import RATE_TABLE, Rate
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 LATTICES = ("e8", "d4", "a2", "z")
 
 GROUP = 128  # coefficients whose raw bits interleave: 4 lanes x 4 vectors x 8 symbols
@@ -98,8 +99,7 @@ class TileLayout:
         if self.code not in codes:
             raise ValueError(f"code must be from {min(codes)} to {max(codes)} for lattice {self.lattice!r}, got {self.code!r}")
         # each region must hold its half of a tile of zeros wherever the wall stands
-        zeros = self.tile // QUAD * self._rate.zeros_length
-        if self.end - self.start < zeros + 2 * 8 * self.wall_unit:
+        if self.end - self.start < self.zeros_bits + 2 * 8 * self.wall_unit:
             raise ValueError(f"words={self.words} is too few for tile={self.tile} with code={self.code}")
 
     @property
@@ -140,8 +140,8 @@ class TileLayout:
     def kernel_shift(self) -> int:
         """Bits below the quotient in the kernels' codes, which are `codes << (kernel_shift - shift)`.
 
-        Where quotients have two bits and the codes room for it, the quotient stands right below the sign, and the length in the five low bits
-        of a table entry, from where it need not be shifted. a2's second coordinates are twice as large and leave no room.
+        Where quotients have two bits and the codes room for it, the quotient stands right below the sign, and the length in the five low
+        bits of a table entry, from where it need not be shifted. a2's second coordinates are twice as large and leave no room.
         """
         return 5 if self.classes <= 4 and self.lattice != "a2" else self.shift
 
@@ -167,6 +167,11 @@ class TileLayout:
     def codewords(self, device: torch.device) -> torch.Tensor:
         """Codewords of the quads on a device, `[classes^4]` int32, right-aligned."""
         return on_device(("codewords", self._rate.code_key), lambda: torch.tensor(self.quotient_code.codewords, dtype=torch.int32), device)
+
+    @property
+    def zeros_bits(self) -> int:
+        """Stream bits of a tile of zeros."""
+        return self.tile // QUAD * self._rate.zeros_length
 
     @property
     def low_bits(self) -> list[tuple[int, int]]:

@@ -9,7 +9,8 @@
 
 Each function rounds and gives back real values: the reference for kernels, and what runs where the hardware has no such format. Rounding of
 elements is to nearest, ties to even; scales are chosen as the formats' specifications do.
-Source.  OCP Microscaling Formats 1.0 (mxfp4: shared exponent `floor(log2(max)) - 2`); NVIDIA's nvfp4 (block scale `max / 6` in e4m3, tensor scale
+Source.  OCP Microscaling Formats 1.0 (mxfp4: shared exponent `floor(log2(max)) - 2`); NVIDIA's nvfp4 (block scale `max / 6` in e4m3,
+             tensor scale
          `max / (6 * 448)`); HyperQuant, arXiv 2606.23406 (tensor-core paths).
 """
 

@@ -1,6 +1,7 @@
 """The Huffman code of Rice quotients, four at a time, and its decoding table.
 
-Definition.  A *quad* `(q0, q1, q2, q3)` of quotients below `classes` is one symbol of a canonical Huffman code with lengths of at most 12 bits.
+Definition.  A *quad* `(q0, q1, q2, q3)` of quotients below `classes` is one symbol of a canonical Huffman code with lengths of at most
+             12 bits.
              Its weight is the product of the four integer class weights (two rows of weights: even and odd positions), raised to `floor`
              where it is less, which bounds the lengths. Everything is integer arithmetic: the same code on every machine.
              Canonical: shorter codes first, quads in order of `q0 + A q1 + A^2 q2 + A^3 q3` within a length.
@@ -11,8 +12,8 @@ Storage.     Table entry of the 12 stream bits that start with a code:
                and the length in five bits from `length_place` on, where the quotients leave them free
 
              so `entry >> length_place` is a shift amount modulo 32, and `entry & mask` four coefficients' high bits.
-Cost.        One table look-up per four weights. Against unary (Rice) codes of the same symbols 0.05 to 0.3 bits less, by rate: an alphabet of
-             1296 quads has no rounding loss to speak of.
+Cost.        One table look-up per four weights. Against unary (Rice) codes of the same symbols 0.05 to 0.3 bits less, by rate: an
+             alphabet of 1296 quads has no rounding loss to speak of.
 Source.      Huffman, 1952; HyperQuant, arXiv 2606.23406 codes the quotients in unary.
 """
 

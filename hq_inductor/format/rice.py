@@ -1,6 +1,7 @@
 """The split-plane Rice code of a tile: symbols to bits and back.
 
-Definition.  With sign `g = s < 0`, one's-complement magnitude `m = s ^ -g` and Rice parameter k, the quotient `q = m >> (k - 1)` goes, Huffman
+Definition.  With sign `g = s < 0`, one's-complement magnitude `m = s ^ -g` and Rice parameter k, the quotient `q = m >> (k - 1)` goes,
+             Huffman
              coded in fours (`hq_inductor.format.quotient_code`), into the stream plane, and k raw bits, g and the k - 1 low bits of m,
              into the raw plane.
              Bit-stripping: where the lattice fixes the parity of a sum of symbols, the sign of the sum's last symbol is not stored.
@@ -70,7 +71,8 @@ def wall_code(lane_bits: torch.Tensor, layout: TileLayout) -> tuple[torch.Tensor
 
 
 def _fields(layout: TileLayout) -> list[tuple[int, int, int, int, int, int]]:
-    """(word, place, vector, half, first magnitude bit or -1 for the sign, bits) of every field of a lane's group, in the order of the layout."""
+    """(word, place, vector, half, first magnitude bit or -1 for the sign, bits) of every field of a lane's group, in the order of the
+    layout."""
     out = []
     for vector in range(_VECTORS_PER_GROUP):
         for half in range(2):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..format.quantizer import quantize_tiles
+from ..format.quantizer import check_effort, quantize_tiles
 from ..format.rice import encode_tiles
 from .registry import check_codes, check_floating, register, tile_layout
 
@@ -20,7 +20,7 @@ def _quantize_alloc(x: torch.Tensor, tile: int) -> tuple[torch.Tensor, torch.Ten
 
 
 def _lattice_quantize(
-    x: torch.Tensor, lattice: str, tile: int, code: int, words: int, start_rms: float
+    x: torch.Tensor, lattice: str, tile: int, code: int, words: int, start_rms: float, effort: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
     layout = tile_layout(lattice, tile, code, words)
     codes, scale = _quantize_alloc(x, tile)
@@ -29,17 +29,18 @@ def _lattice_quantize(
     step = max(1, _BLOCK_WEIGHTS[x.device.type] // tile)
     for begin in range(0, tiles.shape[0], step):
         rows = slice(begin, begin + step)
-        codes_out[rows], scale_out[rows] = quantize_tiles(tiles[rows].to(torch.float32), layout, start_rms)
+        codes_out[rows], scale_out[rows] = quantize_tiles(tiles[rows].to(torch.float32), layout, start_rms, effort)
     return codes, scale
 
 
-def _lattice_quantize_fake(x, lattice, tile, code, words, start_rms):
+def _lattice_quantize_fake(x, lattice, tile, code, words, start_rms, effort=1):
+    check_effort(effort)
     tile_layout(lattice, tile, code, words)
     return _quantize_alloc(x, tile)
 
 
 register(
-    "lattice_quantize(Tensor x, str lattice, int tile, int code, int words, float start_rms) -> (Tensor codes, Tensor scale)",
+    "lattice_quantize(Tensor x, str lattice, int tile, int code, int words, float start_rms, int effort=1) -> (Tensor codes, Tensor scale)",
     _lattice_quantize_fake,
     CPU=_lattice_quantize,
     CUDA=_lattice_quantize,

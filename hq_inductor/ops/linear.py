@@ -4,7 +4,8 @@ Definition.  `y = RHT(x * act_pre_scale) W_r^T + bias`, W_r the dequantized rota
              `W = RHT^-1(W_r) * act_pre_scale`. Products are accumulated in fp32; `mma` (`hq_inductor.format.mma`) says what their
              operands are rounded to.
 Choice.      On a CPU the operands of `"auto"` and `"bf16"` are not rounded (fp32, or fp64 for fp64 activations), and other formats are
-             emulated. On CUDA, `"int8"` is the fused kernel. `"auto"` is the fused kernel for half-precision batches up to `FUSED_BATCH`, where it
+             emulated. On CUDA, `"int8"` is the fused kernel. `"auto"` is the fused kernel for half-precision batches up to
+             `FUSED_BATCH`, where it
              is fastest, else `"bf16"`: the weight decoded to the activations' dtype for a library product. `"fp8"` decodes to e4m3 for one.
              nvfp4 and mxfp4 are emulated: rounded as the formats round, multiplied in the activations' dtype.
 Gradients.   For `x` and `bias`; the weight is frozen. Backward decodes again instead of saving a dequantized weight.

@@ -1,4 +1,5 @@
-"""An independent reader of tiles, one bit and one symbol at a time, straight from the text of `layout.py`, `rice.py` and `quotient_code.py`.
+"""An independent reader of tiles, one bit and one symbol at a time, straight from the text of `layout.py`, `rice.py` and
+`quotient_code.py`.
 
 Slow on purpose: no code is shared with the package beyond the layout's numbers and the lengths of the quotient code.
 """

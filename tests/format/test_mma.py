@@ -63,5 +63,5 @@ def test_exact_formats_leave_operands_alone():
 def test_check_mma():
     for mma in MMA:
         check_mma(mma)
-    with pytest.raises(ValueError, match="mma must be one of 'auto', .*, got 'int4'"):
+    with pytest.raises(ValueError, match=r"mma must be one of 'auto', .*, got 'int4'"):
         check_mma("int4")

@@ -152,4 +152,4 @@ def test_format_is_frozen():
     assert found == FROZEN
 
 
-FROZEN = {"e8": "b8909537ca74a39b", "d4": "e4a823350db31d55", "a2": "cec8fa7fa49b85da", "z": "61ae5436543bc997"}
+FROZEN = {"e8": "555682ef321c34d4", "d4": "4efd191fd13dc090", "a2": "6589a41950d5affa", "z": "e7b75b3263eec259"}

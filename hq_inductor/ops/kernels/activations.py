@@ -1,7 +1,7 @@
 """Randomized Hadamard transform of activations, quantized to int8 per tile, in the order the fused linear kernel reads.
 
-Definition.  Per row m and tile t: `r = RHT(x * pre_scale)` (`hq_inductor.format.hadamard`), times sqrt(3) at even places for a2, whose codes leave
-             it out; `act_scale = max |r| / 127`, `q = round(r / act_scale)`, ties to even. A tile of zeros has scale 0.
+Definition.  Per row m and tile t: `r = RHT(x * pre_scale)` (`hq_inductor.format.hadamard`), times sqrt(3) at even places for a2, whose
+             codes leave it out; `act_scale = max |r| / 127`, `q = round(r / act_scale)`, ties to even. A tile of zeros has scale 0.
 Storage.     `q`, int8 `[tiles * TILE / 64, M_PAD, 64]`: the 64 coefficients of a block stand as `[lane j][vector v % 2][8]`, so that one
              16-byte load gives a thread its B operands of two MMAs. `act_scale`, fp32 `[tiles, M_PAD]`. Rows M to M_PAD are zeros.
 """

@@ -2,8 +2,8 @@
 
 The kernels that decode are written thread by thread: every tensor has one element per thread, so that a register is where the tensor cores
 want it and no layout conversion is left. What Triton has no word for is inline PTX, one instruction each. Under Triton's interpreter
-(`TRITON_INTERPRET=1`), which knows no PTX, plain Triton of the same meaning stands in; both are tested against each other through the kernels.
-"""
+(`TRITON_INTERPRET=1`), which knows no PTX, plain Triton of the same meaning stands in; both are tested against each other through the
+kernels."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Decode whole weights: words to codes, to floats or to scaled fp8, row by row.
 
-Definition.  `out[n, k] = codes[n, k]` (int8), or `codes[n, k] * scale[n, t] * sqrt(3)^[a2 and k even] / row_scale[n]` in the dtype of `out`.
+Definition.  `out[n, k] = codes[n, k]` (int8), or `codes[n, k] * scale[n, t] * sqrt(3)^[a2 and k even] / row_scale[n]` in the dtype of
+             `out`.
 Work.        A warp owns 16 rows, and takes tiles as `hq_inductor.ops.kernels.linear` does, from the same buffers; with tables whose
              quotients stand where codes have them.
 """

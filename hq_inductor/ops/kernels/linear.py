@@ -6,7 +6,8 @@ Storage.     Activations as `hq_inductor.ops.kernels.activations` writes them.
 Work.        A warp owns 16 rows of the weight, and decodes two vectors at a time, one of row r and one of row r + 8: together the A operand
              of one `mma.m16n8k32`, which every 8 columns of the batch then use. While it decodes a tile, the stream plane of the next one
              is on its way to shared memory, and the raw words of the next group to registers.
-             A *unit* is 16 rows and `chunk` tiles. All units are dealt to the warps of a grid that fits the device at once, in turns, so that
+             A *unit* is 16 rows and `chunk` tiles. All units are dealt to the warps of a grid that fits the device at once, in turns, so
+             that
              multiprocessors end together. Where rows take several units, their parts go to memory, and the warp that finishes a row's last
              one adds them up, in order: the result does not depend on who that is.
 """

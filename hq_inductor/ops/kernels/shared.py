@@ -6,8 +6,8 @@ Triton allocates shared memory only for its own conversions, and has no gather f
     32 KiB + 32 ROW_BYTES w      warp w: two buffers of 16 rows of ROW_BYTES (64 or 128); word i of row r at
                                  `ROW_BYTES r + ((4 i) ^ (16 (r % 8)) % ROW_BYTES)`, which spreads the rows over the banks
 
-Addresses are `base | offset` with the offset masked, so that no bits read from a tile can lead out of a buffer. 48 KiB are the most that a kernel may
-declare statically: 8 warps with rows of 64 bytes, 4 with rows of 128.
+Addresses are `base | offset` with the offset masked, so that no bits read from a tile can lead out of a buffer. 48 KiB are the most that
+a kernel may declare statically: 8 warps with rows of 64 bytes, 4 with rows of 128.
 """
 
 from __future__ import annotations

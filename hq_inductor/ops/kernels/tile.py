@@ -3,10 +3,11 @@
 Thread 4 r + j of a warp reads lane j of row r. A vector comes out as two int32 of four int8 codes, which is what the thread holds of an
 `m16n8k32` int8 operand; the codes are `codes << GAIN`, GAIN = SHIFT - TileLayout.shift.
 
-Even lanes read forwards, odd ones backwards, by the same instructions: a window is 32 bits of the stream in storage order, with a lane's next bits
+Even lanes read forwards, odd ones backwards, by the same instructions: a window is 32 bits of the stream in storage order, with a lane's
+next bits
 at its top or its bottom. Rotated by a constant of the lane they come to bits 2 to 13, a byte offset into the lane's table; and rotated on
-by the length of the code, the next ones do. A cursor is the position of the window's first bit, plus 32 in even lanes; so bits 5 and up always
-number the word that the lane comes to next.
+by the length of the code, the next ones do. A cursor is the position of the window's first bit, plus 32 in even lanes; so bits 5 and up
+always number the word that the lane comes to next.
 
 Cost.  About 30 instructions per vector (E8, k = 3), of which 27 on the integer pipe, and two dependent table look-ups.
 """

@@ -1,7 +1,7 @@
 """Kernels under Triton's interpreter, in a process of its own: `TRITON_INTERPRET=1` must stand before the kernels are imported.
 
-Compares the fused linear layer and the decoder with the specification and fails with an AssertionError. python -m tests.ops.kernels.interpreted
-"""
+Compares the fused linear layer and the decoder with the specification and fails with an AssertionError. python -m
+tests.ops.kernels.interpreted"""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from hq_inductor.ops.launch import LinearLaunch
 
 ops = torch.ops.hyperquant
 
-# lattice, bps, rows, columns, tile, batch, launch: every Rice parameter, both lengths of stream planes, planes too long for a buffer, units that
-# do not fill the grid, rows that do not fill a strip, parts of unequal length
+# lattice, bps, rows, columns, tile, batch, launch: every Rice parameter, both lengths of stream planes, planes too long for a buffer,
+# units that # do not fill the grid, rows that do not fill a strip, parts of unequal length
 CASES = [
     ("e8", 4.0, 40, 512, None, 3, LinearLaunch(8, 1, 2, 1)),
     ("e8", 2.0, 17, 384, 128, 9, LinearLaunch(16, 2, 1, 2)),

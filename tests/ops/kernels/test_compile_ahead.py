@@ -57,7 +57,15 @@ def layout_constants(lattice: str, bps: float, plain: bool = False) -> tuple[dic
 
 @pytest.mark.parametrize(
     ("capability", "lattice", "bps", "columns"),
-    [(80, "e8", 4.0, 8), (90, "e8", 4.0, 8), (100, "e8", 4.0, 8), (90, "e8", 4.0, 32), (90, "e8", 3.5, 8), (90, "d4", 3.0, 8), (90, "e8", 2.0, 8)],
+    [
+        (80, "e8", 4.0, 8),
+        (90, "e8", 4.0, 8),
+        (100, "e8", 4.0, 8),
+        (90, "e8", 4.0, 32),
+        (90, "e8", 3.5, 8),
+        (90, "d4", 3.0, 8),
+        (90, "e8", 2.0, 8),
+    ],
 )
 def test_linear(capability, lattice, bps, columns, tmp_path):
     constants, num_warps = layout_constants(lattice, bps)
