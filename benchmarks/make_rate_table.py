@@ -90,10 +90,8 @@ def source() -> str:
         text.append(f'    "{lattice}": {{\n')
         for eighths, row in sorted(rates.items()):
             weights = f"{row.even}, {row.odd}" if row.even != row.odd else f"*(2 * ({row.even},))"
-            text.append(
-                f"        {eighths}: Rate({row.rice_parameter}, {weights}, {row.floor}, {row.zeros_length}, {row.start_rms},
-                {row.snr_db}),\n"
-            )
+            numbers = f"{row.floor}, {row.zeros_length}, {row.start_rms}, {row.snr_db}"
+            text.append(f"        {eighths}: Rate({row.rice_parameter}, {weights}, {numbers}),\n")
         text.append("    },\n")
     return "".join(text) + "}\n"
 

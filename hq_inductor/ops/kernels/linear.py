@@ -300,7 +300,7 @@ def linear_kernel(
     rounds = (units + stride - 1) // stride
     for turn in range(rounds):
         totals = ()
-        for b in tl.static_range(4 * BLOCKS):
+        for _ in tl.static_range(4 * BLOCKS):
             totals = totals + (tl.zeros([32 * NUM_WARPS], tl.float32),)
         strip_done = strip
         t_done = t
@@ -341,7 +341,7 @@ def linear_kernel(
             x_lane = x_row + (t_now * (TILE // 64)) * x_step
 
             sums = ()
-            for b in tl.static_range(4 * BLOCKS):
+            for _ in tl.static_range(4 * BLOCKS):
                 sums = sums + (tl.zeros([32 * NUM_WARPS], tl.int32),)
             if CHUNKED:
                 words_u = ahead_u

@@ -1,0 +1,218 @@
+"""Linear layers of Llama-3 8B and 70B on this GPU: ours by number format, and what else one could run.
+
+Each figure is the median of CUDA-graph replays of calls that take turns on copies of the weight that do not fit the L2 together, activations'
+transform and quantization included. python benchmarks/linear.py [--quick] [--tune] [--json FILE] [--plot FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from hq_inductor import HyperQuantTensor
+from hq_inductor.ops.fused import int8_linear
+from hq_inductor.ops.launch import REGISTERS, LinearLaunch
+from hq_inductor.ops.registry import tile_layout
+
+SHAPES = [(4096, 4096), (6144, 4096), (14336, 4096), (28672, 4096), (4096, 14336), (8192, 8192), (28672, 8192), (8192, 28672)]
+BATCHES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096]
+QUICK_SHAPES, QUICK_BATCHES = [(4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192)], [1, 4, 16, 32, 64, 256, 1024, 4096]
+CALLS, REPLAYS = 12, 7
+OURS = ("int8", "auto", "fp8", "bf16")
+
+
+def time_us(calls: list[Callable[[], object]]) -> float:
+    """Microseconds per call, the calls taking turns."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for index in range(max(CALLS, len(calls))):
+            calls[index % len(calls)]()
+    times = []
+    for _ in range(REPLAYS):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / max(CALLS, len(calls)))
+    return statistics.median(times[1:])
+
+
+def copies(size_bytes: int) -> int:
+    """How many of a weight of this size do not fit the L2 together."""
+    return max(2, int(2.5 * torch.cuda.get_device_properties(0).L2_cache_size / size_bytes) + 1)
+
+
+def packed_weights(rows: int, columns: int, bps: float) -> list[HyperQuantTensor]:
+    """Distinct packed weights; rows repeat after 1024, which no kernel can notice."""
+    weight = HyperQuantTensor.from_hp(torch.randn(min(rows, 1024), columns, device="cuda", dtype=torch.bfloat16), bps=bps, effort=0)
+    qdata = weight.qdata.repeat(-(-rows // weight.qdata.shape[0]), 1, 1)[:rows]
+    number = copies(qdata.numel() * 4)
+    return [weight._replace(qdata=qdata.roll(i, 0).contiguous(), shape=(rows, columns)) for i in range(number)]
+
+
+def peers(rows: int, columns: int) -> dict[str, Callable[[torch.Tensor], list[Callable] | None]]:
+    """For each peer: from activations to calls on different weights, or None where it does not exist."""
+    dense = [torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16) for _ in range(copies(rows * columns * 2))]
+    fp8 = [torch.randn(rows, columns, device="cuda").to(torch.float8_e4m3fn) for _ in range(copies(rows * columns))]
+    int8 = [torch.randint(-127, 128, (rows, columns), device="cuda", dtype=torch.int8) for _ in range(copies(rows * columns))]
+    row_scale = torch.ones(1, rows, device="cuda")
+    packed = torch.ops.aten._convert_weight_to_int4pack(
+        torch.randint(0, 256, (rows, columns // 2), device="cuda", dtype=torch.int32).to(torch.uint8), 8
+    )
+    int4 = [packed.clone() for _ in range(copies(rows * columns // 2))]
+    scales = torch.ones(columns // 128, rows, 2, device="cuda", dtype=torch.bfloat16)
+
+    def fp8_calls(x):
+        scale = torch.ones(len(x), 1, device="cuda")
+
+        def call(weight):
+            # the activations' quantization is part of the layer
+            x8 = (x / scale.to(x.dtype)).to(torch.float8_e4m3fn)
+            return torch._scaled_mm(x8, weight.t(), scale_a=scale, scale_b=row_scale, out_dtype=torch.bfloat16)
+
+        return [lambda w=w: call(w) for w in fp8]
+
+    def int8_calls(x):
+        if len(x) <= 16:
+            return None
+        x8 = torch.randint(-127, 128, x.shape, device="cuda", dtype=torch.int8)
+        return [lambda w=w: torch._int_mm(x8, w.t()) for w in int8]
+
+    return {
+        "cuBLAS bf16": lambda x: [lambda w=w: F.linear(x, w) for w in dense],
+        "fp8 _scaled_mm": fp8_calls,
+        "int8 _int_mm": int8_calls,
+        "int4 tinygemm": lambda x: (
+            [lambda w=w: torch.ops.aten._weight_int4pack_mm(x, w, 128, scales) for w in int4] if len(x) <= 64 else None
+        ),
+    }
+
+
+def bandwidth() -> float:
+    """Bytes per microsecond of a large device-to-device copy, read and written."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / time_us([lambda: target.copy_(source)])
+
+
+def tune(rows: int, columns: int, batch: int) -> list[tuple[float, LinearLaunch]]:
+    """Launches of the fused kernel, fastest first."""
+    weights = packed_weights(rows, columns, 4)
+    layout = tile_layout("e8", weights[0].tile, weights[0].code, weights[0].qdata.shape[-1])
+    x = torch.randn(batch, columns, device="cuda", dtype=torch.bfloat16)
+    tiles, processors = columns // layout.tile, torch.cuda.get_device_properties(0).multi_processor_count
+    block_columns = next((c for c in REGISTERS if batch <= c), 32)
+    found = []
+    for splits in sorted({1, 2, 3, 4, max(1, tiles // 2), tiles} & set(range(1, tiles + 1))):
+        units = -(-rows // 16) * splits
+        for blocks in {min(2 * processors, -(-units // 8)), -(-units // 8)}:
+            launch = LinearLaunch(block_columns, splits, blocks, 8, REGISTERS[block_columns])
+            found.append(
+                (time_us([lambda w=w, launch=launch: int8_linear(x, w.qdata, None, None, layout, 0, launch) for w in weights]), launch)
+            )
+    return sorted(found, key=lambda pair: pair[0])
+
+
+def measure(shapes, batches, bps: float) -> list[dict]:
+    rows_out = []
+    for rows, columns in tqdm(shapes, desc="shapes"):
+        others, weights = peers(rows, columns), packed_weights(rows, columns, bps)
+        for batch in tqdm(batches, desc=f"{rows}x{columns}", leave=False):
+            x = torch.randn(batch, columns, device="cuda", dtype=torch.bfloat16)
+            times = {}
+            for mma in OURS:
+                if mma == "int8" and batch > 128:
+                    continue
+                faces = [w._replace(mma=mma) for w in weights]
+                times[f"ours {mma}"] = time_us([lambda w=w: F.linear(x, w) for w in faces])
+            for name, calls_of in others.items():
+                calls = calls_of(x)
+                if calls is not None:
+                    times[name] = time_us(calls)
+            rows_out.append({"N": rows, "K": columns, "M": batch, "time_us": {k: round(v, 2) for k, v in times.items()}})
+        del others, weights
+        torch.cuda.empty_cache()
+    return rows_out
+
+
+def table(results: list[dict], bps: float, bytes_per_us: float) -> str:
+    names = list(dict.fromkeys(name for row in results for name in row["time_us"]))
+    lines = [f"| N x K | M | {' | '.join(names)} | best ours / bf16 | G weights/s | GB/s | floor |", "|---" * (len(names) + 6) + "|"]
+    for row in results:
+        times = row["time_us"]
+        best = min(v for k, v in times.items() if k.startswith("ours"))
+        weights = row["N"] * row["K"]
+        cells = [f"{times[name]:.1f}" if name in times else "-" for name in names]
+        floor = weights * bps / 8 / (bytes_per_us / 2)
+        lines.append(
+            f"| {row['N']} x {row['K']} | {row['M']} | {' | '.join(cells)} | {times['cuBLAS bf16'] / best:.2f} | "
+            f"{weights / best / 1e3:.0f} | {weights * bps / 8 / best / 1e3:.0f} | {floor:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(results: list[dict], path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shapes = list(dict.fromkeys((row["N"], row["K"]) for row in results))
+    figure, axes = plt.subplots(1, len(shapes), figsize=(4 * len(shapes), 3.6), sharey=True, squeeze=False)
+    for axis, shape in zip(axes[0], shapes, strict=True):
+        rows = [row for row in results if (row["N"], row["K"]) == shape]
+        for name in dict.fromkeys(name for row in rows for name in row["time_us"] if name != "cuBLAS bf16"):
+            points = [(r["M"], r["time_us"]["cuBLAS bf16"] / r["time_us"][name]) for r in rows if name in r["time_us"]]
+            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, linestyle="-" if name.startswith("ours") else ":", label=name)
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set(title=f"{shape[0]} x {shape[1]}", xlabel="batch", xscale="log", yscale="log")
+    axes[0][0].set_ylabel("speed, cuBLAS bf16 = 1")
+    axes[0][-1].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bps", type=float, default=4.0)
+    parser.add_argument("--quick", action="store_true", help="half of the shapes and batches")
+    parser.add_argument("--tune", action="store_true", help="time launches of the fused kernel instead")
+    parser.add_argument("--json", help="write all figures to a file")
+    parser.add_argument("--plot", help="write a picture")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    shapes, batches = (QUICK_SHAPES, QUICK_BATCHES) if arguments.quick else (SHAPES, BATCHES)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {arguments.bps:g} bps, e8; microseconds")
+    if arguments.tune:
+        for rows, columns in shapes:
+            for batch in (1, 16, 32):
+                found = tune(rows, columns, batch)
+                print(
+                    f"{rows} x {columns}, batch {batch}:", *[f"{us:.1f} us {launch}" for us, launch in found[:4]], sep="\n    ", flush=True
+                )
+        return
+    bytes_per_us = bandwidth()
+    results = measure(shapes, batches, arguments.bps)
+    print(table(results, arguments.bps, bytes_per_us))
+    print(f"copy: {bytes_per_us / 1e3:.0f} GB/s, read and written; floor: time to read the packed weight at half of that")
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "bps": arguments.bps, "results": results}, file)
+    if arguments.plot:
+        plot(results, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()
