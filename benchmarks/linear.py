@@ -1,7 +1,7 @@
 """Linear layers of Llama-3 8B and 70B on this GPU: ours by number format, and what else one could run.
 
-Each figure is the median of CUDA-graph replays of calls that take turns on copies of the weight that do not fit the L2 together, activations'
-transform and quantization included. python benchmarks/linear.py [--quick] [--tune] [--json FILE] [--plot FILE]
+Each figure is the median of CUDA-graph replays of calls that take turns on copies of the weight that do not fit the L2 together,
+activations' transform and quantization included. python benchmarks/linear.py [--quick] [--tune] [--json FILE] [--plot FILE]
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from hq_inductor import HyperQuantTensor
 from hq_inductor.ops.fused import int8_linear
-from hq_inductor.ops.launch import REGISTERS, LinearLaunch
+from hq_inductor.ops.launch import REGISTERS, TIGHT_REGISTERS, LinearLaunch
 from hq_inductor.ops.registry import tile_layout
 
 SHAPES = [(4096, 4096), (6144, 4096), (14336, 4096), (28672, 4096), (4096, 14336), (8192, 8192), (28672, 8192), (8192, 28672)]
@@ -112,16 +112,14 @@ def tune(rows: int, columns: int, batch: int) -> list[tuple[float, LinearLaunch]
     weights = packed_weights(rows, columns, 4)
     layout = tile_layout("e8", weights[0].tile, weights[0].code, weights[0].qdata.shape[-1])
     x = torch.randn(batch, columns, device="cuda", dtype=torch.bfloat16)
-    tiles, processors = columns // layout.tile, torch.cuda.get_device_properties(0).multi_processor_count
+    tiles = columns // layout.tile
     block_columns = next((c for c in REGISTERS if batch <= c), 32)
     found = []
-    for splits in sorted({1, 2, 3, 4, max(1, tiles // 2), tiles} & set(range(1, tiles + 1))):
-        units = -(-rows // 16) * splits
-        for blocks in {min(2 * processors, -(-units // 8)), -(-units // 8)}:
-            launch = LinearLaunch(block_columns, splits, blocks, 8, REGISTERS[block_columns])
-            found.append(
-                (time_us([lambda w=w, launch=launch: int8_linear(x, w.qdata, None, None, layout, 0, launch) for w in weights]), launch)
-            )
+    for splits in sorted({1, 2, 3, 4, max(1, tiles // 4), max(1, tiles // 2), tiles} & set(range(1, tiles + 1))):
+        for registers in {REGISTERS[block_columns], TIGHT_REGISTERS}:
+            launch = LinearLaunch(block_columns, splits, 8, registers)
+            calls = [lambda w=w, launch=launch: int8_linear(x, w.qdata, None, None, layout, 0, launch) for w in weights]
+            found.append((time_us(calls), launch))
     return sorted(found, key=lambda pair: pair[0])
 
 

@@ -66,7 +66,9 @@ def test_fused_linear_every_batch(bps):
 
 
 @pytest.mark.parametrize("lattice", LATTICES)
-@pytest.mark.parametrize(("rows", "columns", "tile"), [(4096, 512, None), (16, 4096, None), (33, 896, 896), (3000, 256, 128), (1024, 4096, 256)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "tile"), [(4096, 512, None), (16, 4096, None), (33, 896, 896), (3000, 256, 128), (1024, 4096, 256)]
+)
 def test_fused_linear_shapes(lattice, rows, columns, tile):
     weight = HyperQuantTensor.from_hp(torch.randn(rows, columns, device="cuda"), lattice=lattice, tile=tile, mma="int8")
     for batch in (1, 5, 33):

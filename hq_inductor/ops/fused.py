@@ -67,18 +67,18 @@ def int8_linear(
 ) -> torch.Tensor:
     """`[M, N]` in the dtype of `x`, `[M, in_features]`: two kernels."""
     batch, (rows, tiles, words) = x.shape[0], qdata.shape
+    if qdata.numel() >= 2**31 or (batch + 64) * tiles * layout.tile >= 2**31:
+        raise ValueError(f"the kernel's offsets have 31 bits, got {qdata.numel()} words and {batch} x {tiles * layout.tile} activations")
     if launch is None:
         processors = multiprocessors(x.device) if x.is_cuda else 1
         launch = linear_launch(batch, rows, tiles, processors, row_bytes(layout.stream_words))
     out = torch.empty((batch, rows), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    columns = launch.columns
-    chunk = -(-tiles // launch.splits)
-    splits = -(-tiles // chunk)
+    columns, splits = launch.columns, launch.splits
     padded = -(-batch // columns) * columns
-    grid = (launch.blocks, padded // columns)
-    counters = (-(-rows // WARP_ROWS) + 1) * grid[1] if splits > 1 else 0
+    grid = (-(-rows // (WARP_ROWS * launch.num_warps)), splits, padded // columns)
+    counters = grid[0] * launch.num_warps * grid[2] if splits > 1 else 0
     q, scale, zeros = rotate_quantize(x, act_pre_scale, layout, tiles, seed, padded, counters)
     pdl = dependent_launch(x.device)
     partial = torch.empty((splits, padded, rows), dtype=torch.float32, device=x.device) if splits > 1 else scale
@@ -95,8 +95,6 @@ def int8_linear(
         padded,
         rows,
         tiles,
-        chunk,
-        splits,
         LATTICE=layout.lattice,
         K=layout.rice_parameter,
         SHIFT=layout.kernel_shift,

@@ -10,8 +10,10 @@ import torch
 # largest batch for which "auto" takes the fused kernel: beyond it, decoding for a library product is faster
 # (measured, H200, 2026-11-24: benchmarks/README.md)
 FUSED_BATCH = 32
-# most registers per thread of the fused kernel by batch columns: what lets 3 or 2 blocks of 8 warps live on a multiprocessor
-REGISTERS = {8: 128, 16: 128, 32: 128, 64: 128}
+# batch columns per block and the most registers per thread that let two blocks of 8 warps live on a multiprocessor
+REGISTERS = {8: 128, 16: 128, 32: 128}
+# three of them, for single columns' worth of registers
+TIGHT_REGISTERS = 80
 # rows of a warp, columns of an MMA
 WARP_ROWS = 16
 MMA_COLUMNS = 8
@@ -23,15 +25,13 @@ class LinearLaunch:
 
     Args:
         columns: batch columns per block, a multiple of 8; larger batches take several blocks, each of which decodes anew.
-        splits: parts that the tiles of a row are cut into, for more units of work.
-        blocks: thread blocks; units are dealt to their warps in turns.
+        splits: parts that the tiles of a row are cut into, for more blocks.
         num_warps: warps per block, each with 16 rows: 1, 2, 4 or 8.
         registers: most registers per thread, or 0 for what the compiler likes.
     """
 
     columns: int
     splits: int
-    blocks: int
     num_warps: int
     registers: int = 0
 
@@ -40,8 +40,6 @@ class LinearLaunch:
             raise ValueError(f"columns must be a multiple of {MMA_COLUMNS} from {MMA_COLUMNS} to 128, got {self.columns}")
         if self.splits < 1:
             raise ValueError(f"splits must be at least 1, got {self.splits}")
-        if self.blocks < 1:
-            raise ValueError(f"blocks must be at least 1, got {self.blocks}")
         if self.num_warps not in (1, 2, 4, 8):
             raise ValueError(f"num_warps must be 1, 2, 4 or 8, got {self.num_warps}")
 
@@ -70,14 +68,15 @@ def decode_warps(row_bytes: int) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def linear_launch(batch: int, rows: int, tiles: int, processors: int, row_bytes: int) -> LinearLaunch:
-    """Launch for `[batch, K] x [rows, K]^T`, `tiles` tiles per row, `row_bytes` of `hq_inductor.ops.kernels.shared`."""
-    columns = next((c for c in REGISTERS if batch <= c), 32)
-    strips = -(-rows // WARP_ROWS)
+    """Launch for `[batch, K] x [rows, K]^T`, `tiles` tiles per row, `row_bytes` of `hq_inductor.ops.kernels.shared`.
+
+    Measured (H200, 2026-11-24, `benchmarks/linear.py --tune`): one wave of two blocks per multiprocessor is best while it lasts; with
+    more than five waves of single tiles, and registers for three, waves of four tiles each.
+    """
+    columns = next((c for c in REGISTERS if batch <= c), max(REGISTERS))
     num_warps = decode_warps(row_bytes)
-    column_blocks = -(-batch // columns)
-    # two blocks of 8 warps fit a multiprocessor's registers, four of 4 its shared memory
-    warps = max(1, 16 * processors // column_blocks)
-    # parts cost their sums; too few units leave warps idle
-    splits = min(tiles, max(1, -(-warps // strips)))
-    units = strips * splits
-    return LinearLaunch(columns, splits, max(1, -(-min(warps, units) // num_warps)), num_warps, REGISTERS[columns])
+    blocks = -(-rows // (WARP_ROWS * num_warps)) * -(-batch // columns)
+    if columns == MMA_COLUMNS and blocks * tiles > 11 * processors:
+        return LinearLaunch(columns, -(-tiles // 4), num_warps, TIGHT_REGISTERS)
+    slots = 2 * processors * (8 // num_warps)
+    return LinearLaunch(columns, max(1, min(tiles, slots // blocks)), num_warps, REGISTERS[columns])

@@ -6,10 +6,8 @@ Storage.     Activations as `hq_inductor.ops.kernels.activations` writes them.
 Work.        A warp owns 16 rows of the weight, and decodes two vectors at a time, one of row r and one of row r + 8: together the A operand
              of one `mma.m16n8k32`, which every 8 columns of the batch then use. While it decodes a tile, the stream plane of the next one
              is on its way to shared memory, and the raw words of the next group to registers.
-             A *unit* is 16 rows and `chunk` tiles. All units are dealt to the warps of a grid that fits the device at once, in turns, so
-             that
-             multiprocessors end together. Where rows take several units, their parts go to memory, and the warp that finishes a row's last
-             one adds them up, in order: the result does not depend on who that is.
+             Tiles of a row may be split over several blocks: then parts go to memory, and the warp that finishes a row's last one adds
+             them up, in order: the result does not depend on who that is.
 """
 
 from __future__ import annotations
@@ -217,14 +215,12 @@ def linear_kernel(
     act_scale_ptr,  # [tiles, M_PAD] fp32
     bias_ptr,  # [N], or anything if not HAS_BIAS
     out_ptr,  # [M, N]
-    partial_ptr,  # [splits, M_PAD, N] fp32 if SPLIT
+    partial_ptr,  # [parts, M_PAD, N] fp32 if SPLIT
     counter_ptr,  # [blocks] int32 zeros if SPLIT
     M,
     M_PAD,
     N,
     tiles,
-    chunk,
-    splits,
     LATTICE: tl.constexpr,
     K: tl.constexpr,
     SHIFT: tl.constexpr,
@@ -242,7 +238,7 @@ def linear_kernel(
     NUM_WARPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (p, c): the units `NUM_WARPS p + warp`, and so on in steps of all warps, for batch columns COLUMNS c on."""
+    """Program (i, p, c): rows 16 NUM_WARPS i on, part p of the tiles, batch columns COLUMNS c on."""
     STREAM: tl.constexpr = WORDS - RAW
     END: tl.constexpr = 32 * STREAM
     GROUPS: tl.constexpr = TILE // 128
@@ -251,20 +247,18 @@ def linear_kernel(
     CHUNKED: tl.constexpr = ALIGNED and LATTICE != "d4" and GROUPS <= 4 and K * GROUPS % 4 == 0
     FIRST: tl.constexpr = (K - 1) // 4 + 1  # 16-byte loads that the first group needs
 
-    m0 = tl.program_id(1) * COLUMNS
+    part = tl.program_id(1)
+    m0 = tl.program_id(2) * COLUMNS
     thread = tl.arange(0, 32 * NUM_WARPS)
     lane = thread % 32
     warp = thread // 32
     j = lane % 4
     r = lane // 4
     odd = lane % 2
-    strips = (N + 15) // 16
-    units = strips * splits
-    stride = tl.num_programs(0) * NUM_WARPS
-    # a warp without a unit of its own does the last one again, and keeps it to itself
-    unit = tl.minimum(tl.program_id(0) * NUM_WARPS + warp, units - 1)
-    strip = unit % strips
-    t = unit // strips * chunk
+    strip = tl.program_id(0) * NUM_WARPS + warp
+    splits = tl.num_programs(1)
+    first_tile = part * tiles // splits
+    last_tile = (part + 1) * tiles // splits
 
     # offsets of 32 bits from here on, where registers are dear: a weight has less than 2^31 words
     x_step = M_PAD * 64
@@ -276,9 +270,9 @@ def linear_kernel(
         load_tables(table_ptr, table_address, thread, NUM_WARPS)
         buffers = table_address + TABLE_BYTES + warp * (32 * ROW_BYTES)
         if ROW_BYTES > 0:
-            stage_stream(words_ptr, strip, t, N, tiles, lane, buffers, RAW, WORDS, ROW_BYTES, ALIGNED)
-    tile_u = tile_offset(strip, r, t, N, tiles, WORDS)
-    tile_v = tile_offset(strip, r + 8, t, N, tiles, WORDS)
+            stage_stream(words_ptr, strip, first_tile, N, tiles, lane, buffers, RAW, WORDS, ROW_BYTES, ALIGNED)
+    tile_u = tile_offset(strip, r, first_tile, N, tiles, WORDS)
+    tile_v = tile_offset(strip, r + 8, first_tile, N, tiles, WORDS)
     if CHUNKED:
         ahead_u = _load_chunks((), words_ptr + tile_u, j, 0, FIRST)
         ahead_v = _load_chunks((), words_ptr + tile_v, j, 0, FIRST)
@@ -297,170 +291,149 @@ def linear_kernel(
     # in turns of two buffers
     address = buffers + row_address
 
-    rounds = (units + stride - 1) // stride
-    for turn in range(rounds):
-        totals = ()
+    totals = ()
+    for _ in tl.static_range(4 * BLOCKS):
+        totals = totals + (tl.zeros([32 * NUM_WARPS], tl.float32),)
+    for t in range(first_tile, last_tile):
+        streams = (words_ptr + tile_u + RAW, words_ptr + tile_v + RAW)
+        addresses = (address, address + 8 * ROW_BYTES)
+        if ROW_BYTES > 0:
+            wait_copies(lane)
+            address = (((address - buffers) ^ (16 * ROW_BYTES)) + buffers).to(tl.int32)
+            stage_stream(words_ptr, strip, t + 1, N, tiles, lane, address - row_address, RAW, WORDS, ROW_BYTES, ALIGNED)
+        column_ptr = act_scale_ptr + t * M_PAD + m0 + 2 * j
+        column_scales = ()
+        if BLOCKS <= 2:
+            # under way long before the end of the tile, as far as registers go
+            for b in tl.static_range(BLOCKS):
+                column_scales = column_scales + (tl.load(column_ptr + 8 * b), tl.load(column_ptr + 8 * b + 1))
+        scale_u, wall_u = read_header(stream_word(streams[0], addresses[0], thread * 0, STREAM, ROW_BYTES), END, WALL_UNIT, GAIN)
+        scale_v, wall_v = read_header(stream_word(streams[1], addresses[1], thread * 0, STREAM, ROW_BYTES), END, WALL_UNIT, GAIN)
+        x_u = first_cursor(wall_u, j, END)
+        x_v = first_cursor(wall_v, j, END)
+        first_u, second_u = first_words(streams[0], addresses[0], x_u, odd, STREAM, ROW_BYTES)
+        first_v, second_v = first_words(streams[1], addresses[1], x_v, odd, STREAM, ROW_BYTES)
+        cursors = (first_u, second_u, x_u, first_v, second_v, x_v)
+        x_lane = x_row + (t * (TILE // 64)) * x_step
+
+        sums = ()
         for _ in tl.static_range(4 * BLOCKS):
-            totals = totals + (tl.zeros([32 * NUM_WARPS], tl.float32),)
-        strip_done = strip
-        t_done = t
-        # a row's last part may be shorter; tiles beyond the end add nothing
-        for step in range(chunk):
-            valid = t < tiles
-            t_now = tl.minimum(t, tiles - 1)
-            # the next tile of the unit, or the first of the warp's next unit: `stride` units on
-            strip_next = strip
-            t_next = t + 1
-            if step + 1 == chunk:
-                strip_next = strip + stride % strips
-                t_next += (stride // strips - 1) * chunk
-                wrapped = (strip_next >= strips).to(tl.int32)
-                strip_next -= wrapped * strips
-                t_next += wrapped * chunk
-            streams = (words_ptr + tile_u + RAW, words_ptr + tile_v + RAW)
-            addresses = (address, address + 8 * ROW_BYTES)
-            if ROW_BYTES > 0:
-                wait_copies(lane)
-                address = (((address - buffers) ^ (16 * ROW_BYTES)) + buffers).to(tl.int32)
-                stage_stream(words_ptr, strip_next, t_next, N, tiles, lane, address - row_address, RAW, WORDS, ROW_BYTES, ALIGNED)
-            # wanted at the end of the tile
-            column_ptr = act_scale_ptr + t_now * M_PAD + m0 + 2 * j
-            column_scales = ()
-            for b in tl.static_range(BLOCKS):
-                column_scales = column_scales + (
-                    tl.load(column_ptr + 8 * b, mask=valid, other=0.0),
-                    tl.load(column_ptr + 8 * b + 1, mask=valid, other=0.0),
+            sums = sums + (tl.zeros([32 * NUM_WARPS], tl.int32),)
+        if CHUNKED:
+            words_u = ahead_u
+            words_v = ahead_v
+            for g in tl.static_range(GROUPS):
+                # what the next group needs is under way while this one is decoded
+                if g + 1 < GROUPS:
+                    words_u = _load_chunks(words_u, words_ptr + tile_u, j, (K * g + K - 1) // 4 + 1, (K * g + 2 * K - 1) // 4 + 1)
+                    words_v = _load_chunks(words_v, words_ptr + tile_v, j, (K * g + K - 1) // 4 + 1, (K * g + 2 * K - 1) // 4 + 1)
+                else:
+                    next_u = tile_offset(strip, r, t + 1, N, tiles, WORDS)
+                    next_v = tile_offset(strip, r + 8, t + 1, N, tiles, WORDS)
+                    ahead_u = _load_chunks((), words_ptr + next_u, j, 0, FIRST)
+                    ahead_v = _load_chunks((), words_ptr + next_v, j, 0, FIRST)
+                raw_u = ()
+                raw_v = ()
+                for w in tl.static_range(K):
+                    raw_u = raw_u + (words_u[K * g + w],)
+                    raw_v = raw_v + (words_v[K * g + w],)
+                sums, cursors, x_lane = _multiply_group(
+                    sums,
+                    raw_u,
+                    raw_v,
+                    cursors,
+                    odd,
+                    streams,
+                    addresses,
+                    table_ptr,
+                    table_address,
+                    x_ptr,
+                    x_lane,
+                    x_step,
+                    LATTICE,
+                    K,
+                    SHIFT,
+                    LENGTH_PLACE,
+                    STREAM,
+                    ROW_BYTES,
+                    BLOCKS,
+                    NUM_WARPS,
                 )
-            scale_u, wall_u = read_header(stream_word(streams[0], addresses[0], thread * 0, STREAM, ROW_BYTES), END, WALL_UNIT, GAIN)
-            scale_v, wall_v = read_header(stream_word(streams[1], addresses[1], thread * 0, STREAM, ROW_BYTES), END, WALL_UNIT, GAIN)
-            x_u = first_cursor(wall_u, j, END)
-            x_v = first_cursor(wall_v, j, END)
-            first_u, second_u = first_words(streams[0], addresses[0], x_u, odd, STREAM, ROW_BYTES)
-            first_v, second_v = first_words(streams[1], addresses[1], x_v, odd, STREAM, ROW_BYTES)
-            cursors = (first_u, second_u, x_u, first_v, second_v, x_v)
-            x_lane = x_row + (t_now * (TILE // 64)) * x_step
-
-            sums = ()
-            for _ in tl.static_range(4 * BLOCKS):
-                sums = sums + (tl.zeros([32 * NUM_WARPS], tl.int32),)
-            if CHUNKED:
-                words_u = ahead_u
-                words_v = ahead_v
-                for g in tl.static_range(GROUPS):
-                    # what the next group needs is under way while this one is decoded
-                    if g + 1 < GROUPS:
-                        words_u = _load_chunks(words_u, words_ptr + tile_u, j, (K * g + K - 1) // 4 + 1, (K * g + 2 * K - 1) // 4 + 1)
-                        words_v = _load_chunks(words_v, words_ptr + tile_v, j, (K * g + K - 1) // 4 + 1, (K * g + 2 * K - 1) // 4 + 1)
-                    else:
-                        next_u = tile_offset(strip_next, r, t_next, N, tiles, WORDS)
-                        next_v = tile_offset(strip_next, r + 8, t_next, N, tiles, WORDS)
-                        ahead_u = _load_chunks((), words_ptr + next_u, j, 0, FIRST)
-                        ahead_v = _load_chunks((), words_ptr + next_v, j, 0, FIRST)
-                    raw_u = ()
-                    raw_v = ()
-                    for w in tl.static_range(K):
-                        raw_u = raw_u + (words_u[K * g + w],)
-                        raw_v = raw_v + (words_v[K * g + w],)
-                    sums, cursors, x_lane = _multiply_group(
-                        sums,
-                        raw_u,
-                        raw_v,
-                        cursors,
-                        odd,
-                        streams,
-                        addresses,
-                        table_ptr,
-                        table_address,
-                        x_ptr,
-                        x_lane,
-                        x_step,
-                        LATTICE,
-                        K,
-                        SHIFT,
-                        LENGTH_PLACE,
-                        STREAM,
-                        ROW_BYTES,
-                        BLOCKS,
-                        NUM_WARPS,
-                    )
-            else:
-                next_u = tile_offset(strip_next, r, t_next, N, tiles, WORDS)
-                next_v = tile_offset(strip_next, r + 8, t_next, N, tiles, WORDS)
-                for g in range(GROUPS):
-                    raw_u = ahead_u
-                    raw_v = ahead_v
-                    g_next = (g + 1) % GROUPS
-                    ahead_u = load_raw(words_ptr + tl.where(g + 1 < GROUPS, tile_u, next_u), g_next, j, K, LATTICE, GROUPS)
-                    ahead_v = load_raw(words_ptr + tl.where(g + 1 < GROUPS, tile_v, next_v), g_next, j, K, LATTICE, GROUPS)
-                    sums, cursors, x_lane = _multiply_group(
-                        sums,
-                        raw_u,
-                        raw_v,
-                        cursors,
-                        odd,
-                        streams,
-                        addresses,
-                        table_ptr,
-                        table_address,
-                        x_ptr,
-                        x_lane,
-                        x_step,
-                        LATTICE,
-                        K,
-                        SHIFT,
-                        LENGTH_PLACE,
-                        STREAM,
-                        ROW_BYTES,
-                        BLOCKS,
-                        NUM_WARPS,
-                    )
-
-            updated_totals = ()
-            for b in tl.static_range(BLOCKS):
-                s0 = column_scales[2 * b]
-                s1 = column_scales[2 * b + 1]
-                updated_totals = updated_totals + (
-                    totals[4 * b] + sums[4 * b].to(tl.float32) * (s0 * scale_u),
-                    totals[4 * b + 1] + sums[4 * b + 1].to(tl.float32) * (s1 * scale_u),
-                    totals[4 * b + 2] + sums[4 * b + 2].to(tl.float32) * (s0 * scale_v),
-                    totals[4 * b + 3] + sums[4 * b + 3].to(tl.float32) * (s1 * scale_v),
+        else:
+            next_u = tile_offset(strip, r, t + 1, N, tiles, WORDS)
+            next_v = tile_offset(strip, r + 8, t + 1, N, tiles, WORDS)
+            for g in range(GROUPS):
+                raw_u = ahead_u
+                raw_v = ahead_v
+                g_next = (g + 1) % GROUPS
+                ahead_u = load_raw(words_ptr + tl.where(g + 1 < GROUPS, tile_u, next_u), g_next, j, K, LATTICE, GROUPS)
+                ahead_v = load_raw(words_ptr + tl.where(g + 1 < GROUPS, tile_v, next_v), g_next, j, K, LATTICE, GROUPS)
+                sums, cursors, x_lane = _multiply_group(
+                    sums,
+                    raw_u,
+                    raw_v,
+                    cursors,
+                    odd,
+                    streams,
+                    addresses,
+                    table_ptr,
+                    table_address,
+                    x_ptr,
+                    x_lane,
+                    x_step,
+                    LATTICE,
+                    K,
+                    SHIFT,
+                    LENGTH_PLACE,
+                    STREAM,
+                    ROW_BYTES,
+                    BLOCKS,
+                    NUM_WARPS,
                 )
-            totals = updated_totals
-            tile_u = next_u
-            tile_v = next_v
-            strip_done = strip
-            t_done = t
-            strip = strip_next
-            t = t_next
 
-        if PDL:
-            if turn + 1 == rounds:
-                gdc_launch_dependents()
-        row_u = strip_done * 16 + r
-        row_v = row_u + 8
-        mine = tl.program_id(0) * NUM_WARPS + warp + turn * stride < units
-        if SPLIT:
-            part = t_done // chunk
+        if BLOCKS > 2:
             for b in tl.static_range(BLOCKS):
-                for i in tl.static_range(4):
-                    row = row_u if i < 2 else row_v
-                    m = m0 + 8 * b + 2 * j + i % 2
-                    tl.store(partial_ptr + (part * M_PAD + m).to(tl.int64) * N + row, totals[4 * b + i], mask=mine & (row < N))
-            # idle warps count in a spare counter
-            counter = tl.where(mine, strip_done, strips)
-            done = _count_in(counter_ptr + tl.program_id(1) * (strips + 1) + counter, lane, NUM_WARPS)
-            mine = mine & (done == splits - 1)
+                column_scales = column_scales + (tl.load(column_ptr + 8 * b), tl.load(column_ptr + 8 * b + 1))
+        updated_totals = ()
+        for b in tl.static_range(BLOCKS):
+            s0 = column_scales[2 * b]
+            s1 = column_scales[2 * b + 1]
+            updated_totals = updated_totals + (
+                totals[4 * b] + sums[4 * b].to(tl.float32) * (s0 * scale_u),
+                totals[4 * b + 1] + sums[4 * b + 1].to(tl.float32) * (s1 * scale_u),
+                totals[4 * b + 2] + sums[4 * b + 2].to(tl.float32) * (s0 * scale_v),
+                totals[4 * b + 3] + sums[4 * b + 3].to(tl.float32) * (s1 * scale_v),
+            )
+        totals = updated_totals
+        tile_u = next_u
+        tile_v = next_v
+
+    if PDL:
+        # not before: what starts early takes its place among the blocks of this kernel that still wait for theirs
+        gdc_launch_dependents()
+    row_u = strip * 16 + r
+    row_v = row_u + 8
+    mine = row_u - r < N
+    if SPLIT:
         for b in tl.static_range(BLOCKS):
             for i in tl.static_range(4):
                 row = row_u if i < 2 else row_v
                 m = m0 + 8 * b + 2 * j + i % 2
-                mask = mine & (row < N) & (m < M)
-                value = totals[4 * b + i]
-                if SPLIT:
-                    value = tl.zeros([32 * NUM_WARPS], tl.float32)
-                    for s in range(splits):
-                        # not from L1, which may hold what was there before
-                        value += tl.load(partial_ptr + (s * M_PAD + m).to(tl.int64) * N + row, mask=mask, other=0.0, cache_modifier=".cg")
-                if HAS_BIAS:
-                    value += tl.load(bias_ptr + row, mask=mask, other=0.0).to(tl.float32)
-                tl.store(out_ptr + m.to(tl.int64) * N + row, value.to(out_ptr.dtype.element_ty), mask=mask)
+                tl.store(partial_ptr + (part * M_PAD + m).to(tl.int64) * N + row, totals[4 * b + i], mask=row < N)
+        # strips beyond the last row count too, in counters of their own
+        counter = tl.program_id(2) * tl.num_programs(0) * NUM_WARPS + strip
+        mine = mine & (_count_in(counter_ptr + counter, lane, NUM_WARPS) == splits - 1)
+    for b in tl.static_range(BLOCKS):
+        for i in tl.static_range(4):
+            row = row_u if i < 2 else row_v
+            m = m0 + 8 * b + 2 * j + i % 2
+            mask = mine & (row < N) & (m < M)
+            value = totals[4 * b + i]
+            if SPLIT:
+                value = tl.zeros([32 * NUM_WARPS], tl.float32)
+                for s in range(splits):
+                    # not from L1, which may hold what was there before
+                    value += tl.load(partial_ptr + (s * M_PAD + m).to(tl.int64) * N + row, mask=mask, other=0.0, cache_modifier=".cg")
+            if HAS_BIAS:
+                value += tl.load(bias_ptr + row, mask=mask, other=0.0).to(tl.float32)
+            tl.store(out_ptr + m.to(tl.int64) * N + row, value.to(out_ptr.dtype.element_ty), mask=mask)

@@ -20,17 +20,17 @@ ops = torch.ops.hyperquant
 # lattice, bps, rows, columns, tile, batch, launch: every Rice parameter, both lengths of stream planes, planes too long for a buffer,
 # units that # do not fill the grid, rows that do not fill a strip, parts of unequal length
 CASES = [
-    ("e8", 4.0, 40, 512, None, 3, LinearLaunch(8, 1, 2, 1)),
-    ("e8", 2.0, 17, 384, 128, 9, LinearLaunch(16, 2, 1, 2)),
-    ("e8", 2.5, 20, 256, 256, 1, LinearLaunch(8, 1, 5, 1)),
-    ("e8", 5.0, 20, 256, None, 8, LinearLaunch(8, 1, 1, 1)),
-    ("e8", 6.0, 17, 256, None, 2, LinearLaunch(8, 1, 1, 1)),
-    ("e8", 4.0, 17, 896, 896, 2, LinearLaunch(8, 1, 1, 1)),
-    ("e8", 4.125, 17, 256, None, 2, LinearLaunch(8, 1, 1, 1)),
-    ("d4", 2.0, 20, 256, None, 2, LinearLaunch(8, 1, 1, 1)),
-    ("d4", 4.0, 20, 256, 128, 2, LinearLaunch(8, 2, 2, 1)),
-    ("a2", 3.0, 20, 384, None, 2, LinearLaunch(8, 1, 1, 1)),
-    ("z", 3.0, 20, 256, None, 2, LinearLaunch(8, 1, 1, 1)),
+    ("e8", 4.0, 40, 512, None, 3, LinearLaunch(8, 1, 1)),
+    ("e8", 2.0, 17, 384, 128, 9, LinearLaunch(16, 2, 2)),
+    ("e8", 2.5, 20, 256, 256, 1, LinearLaunch(8, 1, 1)),
+    ("e8", 5.0, 20, 256, None, 8, LinearLaunch(8, 1, 1)),
+    ("e8", 6.0, 17, 256, None, 2, LinearLaunch(8, 1, 1)),
+    ("e8", 4.0, 17, 896, 896, 2, LinearLaunch(8, 1, 1)),
+    ("e8", 4.125, 17, 256, None, 2, LinearLaunch(8, 1, 1)),
+    ("d4", 2.0, 20, 256, None, 2, LinearLaunch(8, 1, 1)),
+    ("d4", 4.0, 20, 256, 128, 2, LinearLaunch(8, 2, 1)),
+    ("a2", 3.0, 20, 384, None, 2, LinearLaunch(8, 1, 1)),
+    ("z", 3.0, 20, 256, None, 2, LinearLaunch(8, 1, 1)),
 ]
 
 

@@ -80,7 +80,7 @@ def test_linear(capability, lattice, bps, columns, tmp_path):
         "partial_ptr": "*fp32",
         "counter_ptr": "*i32",
     }
-    scalars = dict.fromkeys(("M", "M_PAD", "N", "tiles", "chunk", "splits"), "i32")
+    scalars = dict.fromkeys(("M", "M_PAD", "N", "tiles"), "i32")
     sass, registers, shared = compile_ahead(
         linear_kernel, {**pointers, **scalars}, constants, capability, num_warps, tmp_path, maxnreg=REGISTERS[columns]
     )
