@@ -22,7 +22,7 @@ from hq_inductor.ops.registry import tile_layout
 
 SHAPES = [(4096, 4096), (6144, 4096), (14336, 4096), (28672, 4096), (4096, 14336), (8192, 8192), (28672, 8192), (8192, 28672)]
 BATCHES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096]
-QUICK_SHAPES, QUICK_BATCHES = [(4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192)], [1, 4, 16, 32, 64, 256, 1024, 4096]
+QUICK_SHAPES, QUICK_BATCHES = [(4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192)], [1, 8, 16, 32, 64, 256, 1024, 4096]
 CALLS, REPLAYS = 12, 7
 OURS = ("int8", "auto", "fp8", "bf16")
 
@@ -134,7 +134,7 @@ def measure(shapes, batches, bps: float) -> list[dict]:
                 if mma == "int8" and batch > 128:
                     continue
                 faces = [w._replace(mma=mma) for w in weights]
-                times[f"ours {mma}"] = time_us([lambda w=w: F.linear(x, w) for w in faces])
+                times[f"ours {mma}"] = time_us([lambda w=w, x=x: F.linear(x, w) for w in faces])
             for name, calls_of in others.items():
                 calls = calls_of(x)
                 if calls is not None:

@@ -67,7 +67,7 @@ def rotate(
     return hadamard(x, PARTS, BLOCK) * (1.0 / (BLOCK**0.5)), column, inside
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "M_PAD", "in_features", "counters"])
 def rotate_quantize_kernel(
     x_ptr,  # [M, in_features], rows stride_xm apart
     pre_scale_ptr,  # [in_features], or anything if not HAS_SCALE

@@ -100,7 +100,7 @@ def _store_vector(out_ptr, low, high, scale, mask, LATTICE: tl.constexpr, CODES:
             _store_16(out_ptr + 4 * half, w0, w1, w2, w3, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "tiles"])
 def decode_kernel(
     words_ptr,  # [N, tiles, WORDS] int32
     table_ptr,  # [2, 4096] int32

@@ -207,7 +207,8 @@ def _multiply_group(
     return sums, (first_u, second_u, x_u, first_v, second_v, x_v), x_lane
 
 
-@triton.jit
+# one binary for all sizes
+@triton.jit(do_not_specialize=["M", "M_PAD", "N", "tiles"])
 def linear_kernel(
     words_ptr,  # [N, tiles, WORDS] int32
     table_ptr,  # [2, 4096] int32
