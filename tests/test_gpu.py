@@ -92,6 +92,22 @@ def test_mma_equals_the_cpu(mma, batch):
     assert error < 1.15 * expected + torch.finfo(torch.bfloat16).eps
 
 
+def test_no_product_waits_for_the_host():
+    """Every format's product can be captured, even the first call for a layout."""
+    torch.use_deterministic_algorithms(False)
+    for seed, mma in enumerate(MMA):
+        weight = HyperQuantTensor.from_hp(torch.randn(64, 512, device="cuda"), bps=3.75, seed=seed, mma=mma)
+        for batch in (1, 48):
+            x = torch.randn(batch, 512, device="cuda", dtype=torch.bfloat16)
+            expected = nn.functional.linear(x, weight)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                found = nn.functional.linear(x, weight)
+            graph.replay()
+            torch.testing.assert_close(found, expected)
+
+
 def test_corrupt_words_are_finite_and_repeatable():
     weight = HyperQuantTensor.from_hp(torch.randn(100, 2048), mma="int8").to("cuda")
     noise = torch.randint(-(2**31), 2**31, weight.qdata.shape, device="cuda").to(torch.int32)

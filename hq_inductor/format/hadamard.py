@@ -13,6 +13,8 @@ import math
 
 import torch
 
+from .on_device import on_device
+
 MAX_BLOCK = 512
 
 
@@ -34,8 +36,10 @@ def _sign_list(block: int, seed: int) -> tuple[float, ...]:
 
 
 def rht_signs(block: int, seed: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The random signs of one block, `[block]`, +1 or -1, a pure function of (seed, position)."""
-    return torch.tensor(_sign_list(block, seed), dtype=dtype, device=device)
+    """The random signs of one block, `[block]`, +1 or -1, a pure function of (seed, position). Made once per device; not to be written
+    to."""
+    key = ("signs", block, seed, dtype)
+    return on_device(key, lambda: torch.tensor(_sign_list(block, seed), dtype=dtype), torch.device(device))
 
 
 def _walsh_hadamard(x: torch.Tensor, block: int) -> torch.Tensor:

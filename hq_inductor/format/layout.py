@@ -50,7 +50,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .quotient_code import QUAD, TABLE_BITS, QuotientCode, on_device, quotient_code
+from .on_device import on_device
+from .quotient_code import QUAD, TABLE_BITS, QuotientCode, quotient_code
 from .rate_table import RATE_TABLE, Rate
 
 FORMAT_VERSION = 3

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import functools
 import heapq
-import threading
 
 import torch
 
@@ -107,24 +106,3 @@ class QuotientCode:
 def quotient_code(even: tuple[int, ...], odd: tuple[int, ...], floor: int) -> QuotientCode:
     """The code of these weights, built once."""
     return QuotientCode(even, odd, floor)
-
-
-_ON_DEVICE: dict[tuple, torch.Tensor] = {}
-
-
-def on_device(key: tuple, make, device: torch.device) -> torch.Tensor:
-    """`make()` on a device, made once per key and kept for the life of the process.
-
-    Made in a thread of its own: the first call may come from a CUDA graph's warm-up, whose memory pool belongs to its thread and is
-    reused after it, or from a tracer, whose fake tensors do. A table from there would be overwritten, or none at all.
-    """
-    key = (*key, device)
-    if key not in _ON_DEVICE:
-
-        def build() -> None:
-            _ON_DEVICE[key] = make().to(device)
-
-        worker = threading.Thread(target=build)
-        worker.start()
-        worker.join()
-    return _ON_DEVICE[key]

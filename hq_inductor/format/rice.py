@@ -16,7 +16,8 @@ import torch
 
 from .lattice import codes_to_symbols, symbols_to_codes
 from .layout import GROUP, LANES, VECTOR, TileLayout, scale_from_code, scale_to_code
-from .quotient_code import QUAD, TABLE_BITS, on_device
+from .on_device import on_device
+from .quotient_code import QUAD, TABLE_BITS
 
 _VECTORS_PER_GROUP = GROUP // (LANES * VECTOR)
 

@@ -21,7 +21,7 @@ import torch
 
 from .lattice import SQRT3
 from .layout import VECTOR, TileLayout
-from .quotient_code import on_device
+from .on_device import on_device
 from .rate_table import RATE_TABLE
 
 

@@ -7,7 +7,7 @@ import triton
 
 from ..format.hadamard import hadamard_block
 from ..format.layout import TileLayout
-from .kernels.activations import rotate_quantize_kernel
+from .kernels.activations import rotate_kernel, rotate_quantize_kernel
 from .kernels.decode import decode_kernel
 from .kernels.linear import linear_kernel
 from .kernels.shared import row_bytes
@@ -54,6 +54,31 @@ def rotate_quantize(
         **({"launch_pdl": True} if pdl else {}),
     )
     return q, scale, zeros
+
+
+def rotate(
+    x: torch.Tensor, act_pre_scale: torch.Tensor | None, layout: TileLayout, tiles: int, seed: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """`RHT(x * act_pre_scale)`, `[M, tiles * tile]` in `dtype`, of `[M, in_features]` with contiguous rows; missing columns are zeros."""
+    out = torch.empty((x.shape[0], tiles * layout.tile), dtype=dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    block = hadamard_block(layout.tile)
+    rotate_kernel[(x.shape[0], tiles)](
+        x,
+        x if act_pre_scale is None else act_pre_scale,
+        out,
+        x.shape[1],
+        x.stride(0),
+        tiles,
+        TILE=layout.tile,
+        BLOCK=block,
+        PARTS=triton.next_power_of_2(layout.tile // block),
+        SEED=seed,
+        HAS_SCALE=act_pre_scale is not None,
+        num_warps=1,
+    )
+    return out
 
 
 def int8_linear(

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-# largest batch for which "auto" takes the fused kernel: beyond it, decoding for a library product is faster
-# (measured, H200, 2026-11-24: benchmarks/README.md)
+# largest batch for which "auto" takes the fused kernel: beyond one block of columns it would decode the weight again for each
 FUSED_BATCH = 32
-# batch columns per block and the most registers per thread that let two blocks of 8 warps live on a multiprocessor
-REGISTERS = {8: 128, 16: 128, 32: 128}
-# three of them, for single columns' worth of registers
+# batch columns per block, and the most registers per thread, for two blocks of 8 warps on a multiprocessor; 0: fewer than that anyway
+REGISTERS = {8: 0, 16: 128, 32: 128}
+# three of them
 TIGHT_REGISTERS = 80
 # rows of a warp, columns of an MMA
 WARP_ROWS = 16

@@ -101,7 +101,7 @@ def _rice_linear_cuda(
     seed: int,
     mma: str = "auto",
 ) -> torch.Tensor:
-    from .fused import decode, int8_linear  # Triton is there on Linux only, and takes its time to import
+    from .fused import decode, int8_linear, rotate  # Triton is there on Linux only, and takes its time to import
 
     layout = check_qdata(qdata, lattice, tile, code)
     _check(x, qdata, act_pre_scale, layout, x.shape[-1])
@@ -117,8 +117,8 @@ def _rice_linear_cuda(
     if mma == "int8" or (mma == "auto" and x.dtype != torch.float32 and batch <= FUSED_BATCH):
         out = int8_linear(flat, qdata, act_pre_scale, bias, layout, seed)
         return out.view(*x.shape[:-1], rows)
-    rotated = rotate_activations(flat, act_pre_scale, layout, tiles * tile, seed)
     if mma == "fp8" and fp8_products(x.device) and rows % 16 == 0 and batch > 0 and x.dtype == torch.bfloat16:
+        rotated = rotate(flat, act_pre_scale, layout, tiles, seed, torch.float32)
         x_scale = fp8_scale(rotated)
         # the largest code of a row is not looked for: codes reach at most this
         row_scale = decode_row_scale(qdata, layout)
@@ -127,7 +127,7 @@ def _rice_linear_cuda(
         out = torch._scaled_mm(x8, weight.t(), scale_a=x_scale[:, None], scale_b=row_scale[None], bias=bias, out_dtype=x.dtype)
     else:
         weight, _ = decode(qdata, layout, x.dtype)
-        activations, weight = round_operands(rotated.to(x.dtype), weight, mma, tile)
+        activations, weight = round_operands(rotate(flat, act_pre_scale, layout, tiles, seed, x.dtype), weight, mma, tile)
         out = F.linear(activations, weight, bias)
     return out.view(*x.shape[:-1], rows)
 

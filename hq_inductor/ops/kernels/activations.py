@@ -109,3 +109,24 @@ def rotate_quantize_kernel(
     place = (column // 64).to(tl.int64) * M_PAD * 64 + m * 64 + (rest % 32) // 8 * 16 + rest // 32 * 8 + rest % 8
     tl.store(q_ptr + place, q, mask=inside)
     tl.store(act_scale_ptr + t * M_PAD + m, largest / 127.0)
+
+
+@triton.jit(do_not_specialize=["in_features", "tiles"])
+def rotate_kernel(
+    x_ptr,  # [M, in_features], rows stride_xm apart
+    pre_scale_ptr,  # [in_features], or anything if not HAS_SCALE
+    out_ptr,  # [M, tiles * TILE]
+    in_features,
+    stride_xm,
+    tiles,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    SEED: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+):
+    """Program (m, t): the rotation alone of one tile of one row, in the dtype of `out`."""
+    m = tl.program_id(0).to(tl.int64)
+    t = tl.program_id(1)
+    r, column, inside = rotate(x_ptr + m * stride_xm, pre_scale_ptr, t, in_features, TILE, BLOCK, PARTS, SEED, HAS_SCALE)
+    tl.store(out_ptr + m * (tiles * TILE) + column, r.to(out_ptr.dtype.element_ty), mask=inside)

@@ -12,7 +12,7 @@ from hq_inductor import HyperQuantTensor
 from hq_inductor.format.hadamard import hadamard_block, hadamard_ref
 from hq_inductor.format.lattice import embed
 from hq_inductor.format.layout import TileLayout
-from hq_inductor.ops.fused import decode, int8_linear, rotate_quantize
+from hq_inductor.ops.fused import decode, int8_linear, rotate, rotate_quantize
 from hq_inductor.ops.launch import LinearLaunch
 
 ops = torch.ops.hyperquant
@@ -54,6 +54,8 @@ def check_case(lattice: str, bps: float, rows: int, columns: int, tile: int | No
     q, scale, counters = rotate_quantize(x, pre_scale, layout, tiles, 3, padded, 5)
     assert (counters == 0).all()
     rotated = hadamard_ref(x.double() * (1 if pre_scale is None else pre_scale.double()), hadamard_block(layout.tile), 3)
+    plain = rotate(x, pre_scale, layout, tiles, 3, torch.float32)
+    torch.testing.assert_close(plain.double(), rotated, rtol=1e-5, atol=1e-5)
     if lattice == "a2":
         rotated *= embed(torch.ones(1, columns, dtype=torch.int8), "a2", torch.float64)
     found = unpack(q, scale, layout.tile)
