@@ -108,6 +108,18 @@ def test_no_product_waits_for_the_host():
             torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_equal_the_cpu(dtype):
+    weight = HyperQuantTensor.from_hp(torch.randn(100, 1024), mma="bf16")
+    grad, x = torch.randn(7, 100).to(dtype), torch.randn(7, 1024).to(dtype)
+    found = []
+    for device in ("cpu", "cuda"):
+        x_device = x.to(device).requires_grad_()
+        nn.functional.linear(x_device, weight.to(device)).backward(grad.to(device))
+        found.append(x_device.grad.cpu().double())
+    assert (found[0] - found[1]).norm() / found[0].norm() < 2 * torch.finfo(dtype).eps + 1e-5
+
+
 def test_corrupt_words_are_finite_and_repeatable():
     weight = HyperQuantTensor.from_hp(torch.randn(100, 2048), mma="int8").to("cuda")
     noise = torch.randint(-(2**31), 2**31, weight.qdata.shape, device="cuda").to(torch.int32)

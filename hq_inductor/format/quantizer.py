@@ -156,7 +156,7 @@ def quantize_tiles(x: torch.Tensor, layout: TileLayout, start_rms: float, effort
     """Quantize tiles of coefficients at constant rate.
 
     Args:
-        x: `[n, tile]` fp32, finite, after the randomized Hadamard transform.
+        x: `[n, tile]` fp32 after the randomized Hadamard transform; NaN and infinities count as zeros.
         layout: lattice, rate and tile.
         start_rms: root mean square of `x / scale` at which the search starts (`hq_inductor.format.rates`); affects only its speed.
         effort: 0, 1 or 2, see above.
@@ -167,6 +167,8 @@ def quantize_tiles(x: torch.Tensor, layout: TileLayout, start_rms: float, effort
     Note: on CUDA no host sync; on CPU tiles that are done leave the search early.
     """
     check_effort(effort)
+    # NaN would become an index; callers who want such weights refused do so before (`HyperQuantTensor.from_hp`)
+    x = x.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     start = scale_to_code(x.square().mean(-1).sqrt() / start_rms)
     if effort == 0:
         codes, _, _ = _finest_scale(x, layout, start, None)

@@ -55,6 +55,11 @@ def _weight_blocks(qdata: torch.Tensor, layout: TileLayout, dtype: torch.dtype):
     step = max(1, _BLOCK_WEIGHTS[qdata.device.type] // (tiles * layout.tile))
     for begin in range(0, rows, step):
         block = slice(begin, min(begin + step, rows))
+        if qdata.is_cuda and dtype != torch.float64:
+            from .fused import decode  # Triton is there on Linux only
+
+            yield block, decode(qdata[block].contiguous(), layout, dtype)[0]
+            continue
         codes, scale = decode_words(qdata[block], layout)
         points = embed(codes, layout.lattice, dtype).unflatten(-1, (-1, layout.tile))
         yield block, points.mul_(scale[..., None]).flatten(-2)

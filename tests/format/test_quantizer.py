@@ -144,3 +144,15 @@ def test_scales_are_least_squares():
     for step in (-1, 1):
         other = scale * (1 + step / 50)  # more than one code away
         assert (error <= (x - points * other[:, None]).square().sum(-1)).all()
+
+
+@pytest.mark.parametrize("effort", [0, 1])
+def test_values_that_are_no_numbers_are_zeros(effort):
+    x = torch.randn(4, 256)
+    x[0] = float("nan")
+    x[1, 7], x[2, 9] = float("inf"), float("nan")
+    layout = weight_layout(256, 4.0, "e8", 256).tile
+    codes, scale = quantize_tiles(x, layout, start_rms(4.0, "e8"), effort)
+    expected, expected_scale = quantize_tiles(x.nan_to_num(0, 0, 0), layout, start_rms(4.0, "e8"), effort)
+    assert torch.equal(codes, expected) and torch.equal(scale, expected_scale)
+    assert (codes[0] == 0).all() and scale.isfinite().all()
