@@ -97,6 +97,9 @@ def int8_linear(
     if launch is None:
         processors = multiprocessors(x.device) if x.is_cuda else 1
         launch = linear_launch(batch, rows, tiles, processors, row_bytes(layout.stream_words))
+    buffer_bytes = row_bytes(layout.stream_words) if x.is_cuda else 0
+    if launch.num_warps > decode_warps(buffer_bytes):
+        raise ValueError(f"num_warps must be at most {decode_warps(buffer_bytes)} for {layout}, got {launch.num_warps}")
     out = torch.empty((batch, rows), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
@@ -112,7 +115,7 @@ def int8_linear(
         layout.kernel_tables(x.device),
         q,
         scale,
-        out if bias is None else bias,
+        out if bias is None else bias.contiguous(),
         out,
         partial,
         zeros,
@@ -130,7 +133,7 @@ def int8_linear(
         RAW=layout.raw_words,
         WALL_UNIT=layout.wall_unit,
         ALIGNED=_aligned(layout),
-        ROW_BYTES=row_bytes(layout.stream_words) if x.is_cuda else 0,
+        ROW_BYTES=buffer_bytes,
         COLUMNS=columns,
         SPLIT=splits > 1,
         HAS_BIAS=bias is not None,

@@ -19,8 +19,19 @@ def register(schema: str, fake: Callable, **by_device: Callable) -> None:
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema)
     for key, function in by_device.items():
-        LIBRARY.impl(name, function, key)
+        LIBRARY.impl(name, _on_own_device(function) if key == "CUDA" else function, key)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+
+
+def _on_own_device(function: Callable) -> Callable:
+    """Launch kernels on the device of the first argument, whichever is current: Triton asks for the current one."""
+
+    @functools.wraps(function)
+    def call(first: torch.Tensor, *args, **kwargs):
+        with torch.cuda.device(first.device):
+            return function(first, *args, **kwargs)
+
+    return call
 
 
 tile_layout = functools.lru_cache(maxsize=1024)(TileLayout)
