@@ -9,9 +9,8 @@ at its top or its bottom. Rotated by a constant of the lane they come to bits 2 
 by the length of the code, the next ones do. A cursor is the position of the window's first bit, plus 32 in even lanes; so bits 5 and up
 always number the word that the lane comes to next.
 
-Cost.  43 instructions per vector with all that the linear kernel adds, 28 of them on the integer pipe (E8, k = 3; sm_90, counted in SASS
-             and
-       by ncu), and two dependent table look-ups.
+Cost.  With all that the linear kernel adds, 43 instructions per vector, 28 of them on the integer pipe, and two dependent table look-ups
+       (E8, k = 3, sm_90; counted in SASS and by ncu).
 """
 
 from __future__ import annotations
