@@ -31,8 +31,8 @@ class HyperQuantWeightConfig(AOBaseConfig):
         balance_columns: divide each weight column by the square root of its size, and multiply the activation by it, which lowers the
             output error where columns differ. Adds 16 bits per column (16 / out_features bits per weight). The function
             `hq_inductor.balance_columns` knows the activations too and mostly adds no bits; its layers ignore this switch.
-        mma: number format of the products: `"auto"` (fastest that is no less accurate than int8), `"int8"`, `"fp8"`, `"bf16"`,
-            `"nvfp4"` or `"mxfp4"`; see `hq_inductor.format.mma`.
+        mma: number format of the products: `"auto"` (by batch size, no less accurate than int8), `"int8"`, `"fp8"`, `"bf16"`,
+            `"nvfp4"` or `"mxfp4"`; see `hq_inductor.format.mma` and `hq_inductor.ops.linear`.
         max_padding: layers whose columns need more padding than this share are left alone, with a warning.
         effort: 0, 1 or 2, how hard the encoder tries (`HyperQuantTensor.from_hp`); decoding is the same.
         check_values: refuse weights with NaN, inf or values too large. False is for servers that make room for packed weights by

@@ -120,6 +120,16 @@ def test_gradients_equal_the_cpu(dtype):
     assert (found[0] - found[1]).norm() / found[0].norm() < 2 * torch.finfo(dtype).eps + 1e-5
 
 
+@pytest.mark.parametrize("mma", MMA)
+def test_bias_of_another_dtype(mma):
+    weight = HyperQuantTensor.from_hp(torch.randn(64, 512, device="cuda"), mma=mma)
+    for batch in (2, 50):
+        x, bias = torch.randn(batch, 512, device="cuda", dtype=torch.bfloat16), torch.randn(64, device="cuda")
+        torch.testing.assert_close(
+            nn.functional.linear(x, weight, bias), nn.functional.linear(x, weight) + bias.bfloat16(), rtol=2e-2, atol=0.1
+        )
+
+
 def test_corrupt_words_are_finite_and_repeatable():
     weight = HyperQuantTensor.from_hp(torch.randn(100, 2048), mma="int8").to("cuda")
     noise = torch.randint(-(2**31), 2**31, weight.qdata.shape, device="cuda").to(torch.int32)

@@ -22,6 +22,8 @@ import math
 
 import torch
 
+from .on_device import on_device
+
 SQRT3 = math.sqrt(3.0)
 # mean squared error per dimension of a uniform source at scale 1: normalized second moment (Conway and Sloane, table 2.3) x volume^(2/n)
 GRANULAR_ERROR = {"e8": 0.07168 * 4.0, "d4": 0.07660 * math.sqrt(2.0), "a2": 0.08019 * 2 * SQRT3, "z": 1 / 12}
@@ -45,11 +47,16 @@ def _nearest_e8(x: torch.Tensor) -> torch.Tensor:
     return torch.where(closer, even, odd)
 
 
+def _pair(x: torch.Tensor, first: float, second: float) -> torch.Tensor:
+    """`[2]` in the dtype and on the device of `x`."""
+    return on_device(("pair", first, second, x.dtype), lambda: torch.tensor((first, second), dtype=x.dtype), x.device)
+
+
 def _nearest_a2(x: torch.Tensor) -> torch.Tensor:
-    pairs = x.unflatten(-1, (4, 2)) / x.new_tensor((SQRT3, 1.0))
+    pairs = x.unflatten(-1, (4, 2)) / _pair(x, SQRT3, 1.0)
     even = torch.round(pairs / 2) * 2
     odd = torch.round((pairs - 1) / 2) * 2 + 1
-    metric = x.new_tensor((3.0, 1.0))
+    metric = _pair(x, 3.0, 1.0)
     closer = ((pairs - even).square() * metric).sum(-1, keepdim=True) <= ((pairs - odd).square() * metric).sum(-1, keepdim=True)
     return torch.where(closer, even, odd).flatten(-2)
 
@@ -77,7 +84,7 @@ def embed(codes: torch.Tensor, lattice: str, dtype: torch.dtype = torch.float32)
     """Real coordinates of codes at scale 1, same shape (any number of codes that is a multiple of 8 last), given dtype."""
     x = codes.to(dtype)
     if lattice == "a2":
-        return (x.unflatten(-1, (-1, 2)) * x.new_tensor((SQRT3, 1.0))).flatten(-2)
+        return (x.unflatten(-1, (-1, 2)) * _pair(x, SQRT3, 1.0)).flatten(-2)
     return x
 
 

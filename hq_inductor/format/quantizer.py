@@ -16,6 +16,7 @@ import torch
 
 from .lattice import GRANULAR_ERROR, SQRT3, embed, nearest_point
 from .layout import SCALE_CODES, VECTOR, TileLayout, scale_from_code, scale_to_code
+from .on_device import on_device
 from .rice import code_lengths, lane_lengths, wall_code
 from .rounding import cheapest_point
 
@@ -63,7 +64,8 @@ def _try_scale(
         Codes `[n, tile]` int8, whether they fit `[n]`, and the unused stream bits `[n]` (negative if too many).
     """
     vectors = x / scale_from_code(scale_code)[:, None]
-    limit = vectors.new_tensor(_limits(layout)).repeat(x.shape[1] // len(_limits(layout)))
+    limits = _limits(layout)
+    limit = on_device(("limits", limits), lambda: torch.tensor(limits), x.device).repeat(x.shape[1] // len(limits))
     clipped = torch.minimum(torch.maximum(vectors, -limit), limit)
     overload = (vectors - clipped).square_().sum(-1)
     if price is None:

@@ -225,7 +225,7 @@ def _read_stream(stream: torch.Tensor, wall: torch.Tensor, layout: TileLayout) -
     both = torch.stack((torch.cat((stream, blank), 1), torch.cat((backwards, blank), 1)), 1).to(torch.int64) & 0xFFFFFFFF
     pairs = ((both[..., :-1] << 32) | both[..., 1:]).flatten(1)  # bit p of a plane starts the top of pair p / 32, shifted by p % 32
     cursor = torch.stack((torch.full_like(wall, layout.start), layout.end - wall, wall, torch.zeros_like(wall)), dim=1)  # [n, 4]
-    plane = torch.tensor((0, 1, 0, 1), device=stream.device) * (words + 1)
+    plane = (torch.arange(LANES, device=stream.device) & 1) * (words + 1)
     out = stream.new_empty((layout.tile // (LANES * VECTOR), n, LANES, VECTOR // QUAD))
     for vector in out:
         window = pairs.gather(1, plane + (cursor >> 5).clamp_(0, words)) << (cursor & 31)

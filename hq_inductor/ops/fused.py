@@ -14,6 +14,13 @@ from .kernels.shared import row_bytes
 from .launch import WARP_ROWS, LinearLaunch, decode_warps, dependent_launch, linear_launch, multiprocessors
 
 
+def _rotation(layout: TileLayout, act_pre_scale: torch.Tensor | None, seed: int) -> dict:
+    """Compile-time arguments of `hq_inductor.ops.kernels.activations.rotate`."""
+    block = hadamard_block(layout.tile)
+    parts = triton.next_power_of_2(layout.tile // block)
+    return {"TILE": layout.tile, "BLOCK": block, "PARTS": parts, "SEED": seed, "HAS_SCALE": act_pre_scale is not None}
+
+
 def rotate_quantize(
     x: torch.Tensor, act_pre_scale: torch.Tensor | None, layout: TileLayout, tiles: int, seed: int, padded: int, counters: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -30,7 +37,6 @@ def rotate_quantize(
     q = torch.empty((tiles * layout.tile // 64, padded, 64), dtype=torch.int8, device=x.device)
     scale = torch.empty((tiles, padded), dtype=torch.float32, device=x.device)
     zeros = torch.empty(counters, dtype=torch.int32, device=x.device)
-    block = hadamard_block(layout.tile)
     pdl = dependent_launch(x.device)
     rotate_quantize_kernel[(padded, tiles)](
         x,
@@ -43,11 +49,7 @@ def rotate_quantize(
         x.shape[1],
         x.stride(0),
         counters,
-        TILE=layout.tile,
-        BLOCK=block,
-        PARTS=triton.next_power_of_2(layout.tile // block),
-        SEED=seed,
-        HAS_SCALE=act_pre_scale is not None,
+        **_rotation(layout, act_pre_scale, seed),
         LATTICE=layout.lattice,
         PDL=pdl,
         num_warps=1,
@@ -63,7 +65,6 @@ def rotate(
     out = torch.empty((x.shape[0], tiles * layout.tile), dtype=dtype, device=x.device)
     if out.numel() == 0:
         return out
-    block = hadamard_block(layout.tile)
     rotate_kernel[(x.shape[0], tiles)](
         x,
         x if act_pre_scale is None else act_pre_scale,
@@ -71,11 +72,7 @@ def rotate(
         x.shape[1],
         x.stride(0),
         tiles,
-        TILE=layout.tile,
-        BLOCK=block,
-        PARTS=triton.next_power_of_2(layout.tile // block),
-        SEED=seed,
-        HAS_SCALE=act_pre_scale is not None,
+        **_rotation(layout, act_pre_scale, seed),
         num_warps=1,
     )
     return out

@@ -5,9 +5,8 @@ Definition.  `y = RHT(x * act_pre_scale) W_r^T + bias`, W_r the dequantized rota
              operands are rounded to.
 Choice.      On a CPU the operands of `"auto"` and `"bf16"` are not rounded (fp32, or fp64 for fp64 activations), and other formats are
              emulated. On CUDA, `"int8"` is the fused kernel. `"auto"` is the fused kernel for half-precision batches up to
-             `FUSED_BATCH`, where it
-             is fastest, else `"bf16"`: the weight decoded to the activations' dtype for a library product. `"fp8"` decodes to e4m3 for one.
-             nvfp4 and mxfp4 are emulated: rounded as the formats round, multiplied in the activations' dtype.
+             `FUSED_BATCH`, else `"bf16"`: the weight decoded to the activations' dtype for a library product. `"fp8"` decodes to e4m3
+             for one. nvfp4 and mxfp4 are emulated: rounded as the formats round, multiplied in the activations' dtype.
 Gradients.   For `x` and `bias`; the weight is frozen. Backward decodes again instead of saving a dequantized weight.
 """
 
@@ -122,6 +121,8 @@ def _rice_linear_cuda(
     if mma == "int8" or (mma == "auto" and x.dtype != torch.float32 and batch <= FUSED_BATCH):
         out = int8_linear(flat, qdata, act_pre_scale, bias, layout, seed)
         return out.view(*x.shape[:-1], rows)
+    # library products want all of one dtype; the other paths take any
+    bias = None if bias is None else bias.to(x.dtype)
     if mma == "fp8" and fp8_products(x.device) and rows % 16 == 0 and batch > 0 and x.dtype == torch.bfloat16:
         rotated = rotate(flat, act_pre_scale, layout, tiles, seed, torch.float32)
         x_scale = fp8_scale(rotated)
