@@ -7,22 +7,47 @@ import triton
 
 from ..format.hadamard import hadamard_block
 from ..format.layout import TileLayout
-from .kernels.activations import rotate_kernel, rotate_quantize_kernel
+from .kernels.activations import rotate_kernel, rotate_quantize_kernel, row_statistics_kernel
 from .kernels.decode import decode_kernel
 from .kernels.linear import linear_kernel
 from .kernels.shared import row_bytes
 from .launch import WARP_ROWS, LinearLaunch, decode_warps, dependent_launch, linear_launch, multiprocessors
+from .prologue import NO_PROLOGUE, NORMS, Prologue
 
 
-def _rotation(layout: TileLayout, act_pre_scale: torch.Tensor | None, seed: int) -> dict:
+def _rotation(layout: TileLayout, act_pre_scale: torch.Tensor | None, seed: int, prologue: Prologue) -> dict:
     """Compile-time arguments of `hq_inductor.ops.kernels.activations.rotate`."""
     block = hadamard_block(layout.tile)
-    parts = triton.next_power_of_2(layout.tile // block)
-    return {"TILE": layout.tile, "BLOCK": block, "PARTS": parts, "SEED": seed, "HAS_SCALE": act_pre_scale is not None}
+    return {
+        "TILE": layout.tile,
+        "BLOCK": block,
+        "PARTS": triton.next_power_of_2(layout.tile // block),
+        "SEED": seed,
+        "HAS_SCALE": act_pre_scale is not None,
+        "PROLOGUE": prologue.name,
+        "HAS_WEIGHT": prologue.weight is not None,
+        "HAS_BIAS": prologue.bias is not None,
+    }
+
+
+def _vector(tensor: torch.Tensor | None, placeholder: torch.Tensor) -> torch.Tensor:
+    """A pointer argument `[K]` that may be missing."""
+    return placeholder if tensor is None else tensor.contiguous()
+
+
+def _aligned_rows(*matrices: torch.Tensor) -> bool:
+    return all(matrix.shape[1] % 16 == 0 and matrix.stride(0) % 16 == 0 for matrix in matrices)
 
 
 def rotate_quantize(
-    x: torch.Tensor, act_pre_scale: torch.Tensor | None, layout: TileLayout, tiles: int, seed: int, padded: int, counters: int
+    x: torch.Tensor,
+    act_pre_scale: torch.Tensor | None,
+    layout: TileLayout,
+    tiles: int,
+    seed: int,
+    padded: int,
+    counters: int,
+    prologue: Prologue = NO_PROLOGUE,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rotated activations as int8.
 
@@ -30,6 +55,7 @@ def rotate_quantize(
         x: `[M, in_features]`, last dimension contiguous.
         padded: rows of the result, at least M.
         counters: length of the zeros that come along.
+        prologue: what happens to `x` first; its gate is `[M, in_features]`, last dimension contiguous.
 
     Returns:
         int8 `[tiles * tile / 64, padded, 64]` (`hq_inductor.ops.kernels.activations`), fp32 scales `[tiles, padded]`, int32 zeros.
@@ -38,9 +64,13 @@ def rotate_quantize(
     scale = torch.empty((tiles, padded), dtype=torch.float32, device=x.device)
     zeros = torch.empty(counters, dtype=torch.int32, device=x.device)
     pdl = dependent_launch(x.device)
+    gate = x if prologue.gate is None else prologue.gate
     rotate_quantize_kernel[(padded, tiles)](
         x,
-        x if act_pre_scale is None else act_pre_scale,
+        gate,
+        _vector(prologue.weight, x),
+        _vector(prologue.bias, x),
+        _vector(act_pre_scale, x),
         q,
         scale,
         zeros,
@@ -48,9 +78,12 @@ def rotate_quantize(
         padded,
         x.shape[1],
         x.stride(0),
+        gate.stride(0),
         counters,
-        **_rotation(layout, act_pre_scale, seed),
+        prologue.eps,
+        **_rotation(layout, act_pre_scale, seed, prologue),
         LATTICE=layout.lattice,
+        ALIGNED=_aligned_rows(x, gate),
         PDL=pdl,
         num_warps=1,
         **({"launch_pdl": True} if pdl else {}),
@@ -59,20 +92,39 @@ def rotate_quantize(
 
 
 def rotate(
-    x: torch.Tensor, act_pre_scale: torch.Tensor | None, layout: TileLayout, tiles: int, seed: int, dtype: torch.dtype
+    x: torch.Tensor,
+    act_pre_scale: torch.Tensor | None,
+    layout: TileLayout,
+    tiles: int,
+    seed: int,
+    dtype: torch.dtype,
+    prologue: Prologue = NO_PROLOGUE,
 ) -> torch.Tensor:
-    """`RHT(x * act_pre_scale)`, `[M, tiles * tile]` in `dtype`, of `[M, in_features]` with contiguous rows; missing columns are zeros."""
+    """`RHT(prologue(x) * act_pre_scale)`, `[M, tiles * tile]` in `dtype`, of `[M, in_features]` with contiguous rows; missing columns
+    are zeros."""
     out = torch.empty((x.shape[0], tiles * layout.tile), dtype=dtype, device=x.device)
     if out.numel() == 0:
         return out
+    statistics, gate = x, x if prologue.gate is None else prologue.gate
+    if prologue.name in NORMS:
+        statistics = torch.empty((x.shape[0], 2), dtype=torch.float32, device=x.device)
+        row_statistics_kernel[(x.shape[0],)](
+            x, statistics, x.shape[1], x.stride(0), prologue.eps, PROLOGUE=prologue.name, ALIGNED=_aligned_rows(x), num_warps=4
+        )
     rotate_kernel[(x.shape[0], tiles)](
         x,
-        x if act_pre_scale is None else act_pre_scale,
+        gate,
+        _vector(prologue.weight, x),
+        _vector(prologue.bias, x),
+        statistics,
+        _vector(act_pre_scale, x),
         out,
         x.shape[1],
         x.stride(0),
+        gate.stride(0),
         tiles,
-        **_rotation(layout, act_pre_scale, seed),
+        **_rotation(layout, act_pre_scale, seed, prologue),
+        ALIGNED=_aligned_rows(x, gate),
         num_warps=1,
     )
     return out
@@ -86,6 +138,7 @@ def int8_linear(
     layout: TileLayout,
     seed: int,
     launch: LinearLaunch | None = None,
+    prologue: Prologue = NO_PROLOGUE,
 ) -> torch.Tensor:
     """`[M, N]` in the dtype of `x`, `[M, in_features]`: two kernels."""
     batch, (rows, tiles, words) = x.shape[0], qdata.shape
@@ -104,7 +157,7 @@ def int8_linear(
     padded = -(-batch // columns) * columns
     grid = (-(-rows // (WARP_ROWS * launch.num_warps)), splits, padded // columns)
     counters = grid[0] * launch.num_warps * grid[2] if splits > 1 else 0
-    q, scale, zeros = rotate_quantize(x, act_pre_scale, layout, tiles, seed, padded, counters)
+    q, scale, zeros = rotate_quantize(x, act_pre_scale, layout, tiles, seed, padded, counters, prologue)
     pdl = dependent_launch(x.device)
     partial = torch.empty((splits, padded, rows), dtype=torch.float32, device=x.device) if splits > 1 else scale
     linear_kernel[grid](
@@ -145,7 +198,11 @@ def int8_linear(
 
 
 def decode(
-    qdata: torch.Tensor, layout: TileLayout, dtype: torch.dtype, row_scale: torch.Tensor | None = None
+    qdata: torch.Tensor,
+    layout: TileLayout,
+    dtype: torch.dtype,
+    row_scale: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Decode a weight.
 
@@ -153,13 +210,15 @@ def decode(
         qdata: `[N, tiles, words]` int32.
         dtype: int8 for codes; or of the rotated weight: fp32, bf16, fp16 or float8_e4m3fn.
         row_scale: `[N]` fp32, which the rotated weight is divided by.
+        out: where to write it, contiguous, or None.
 
     Returns:
         `[N, tiles * tile]`, and for codes the scales `[N, tiles]` fp32.
     """
     rows, tiles, words = qdata.shape
     codes = dtype == torch.int8
-    out = torch.empty((rows, tiles * layout.tile), dtype=dtype, device=qdata.device)
+    if out is None:
+        out = torch.empty((rows, tiles * layout.tile), dtype=dtype, device=qdata.device)
     scale = torch.empty((rows, tiles), dtype=torch.float32, device=qdata.device) if codes else None
     if out.numel() == 0:
         return out, scale

@@ -14,10 +14,10 @@ NAMESPACE = "hyperquant"
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
-def register(schema: str, fake: Callable, **by_device: Callable) -> None:
+def register(schema: str, fake: Callable, tags: tuple[torch.Tag, ...] = (), **by_device: Callable) -> None:
     """Define `hyperquant::<schema>` with a fake kernel and one implementation per dispatch key (`CPU=`, `CUDA=`)."""
     name = schema.split("(", 1)[0]
-    LIBRARY.define(schema)
+    LIBRARY.define(schema, tags=tags)
     for key, function in by_device.items():
         LIBRARY.impl(name, _on_own_device(function) if key == "CUDA" else function, key)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
