@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 
@@ -78,19 +80,41 @@ def rotate(
     return out
 
 
+MAX_SIBLINGS = 4
+
+
 def int8_linear(
     x: torch.Tensor,
-    qdata: torch.Tensor,
+    qdata: torch.Tensor | Sequence[torch.Tensor],
     act_pre_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    bias: torch.Tensor | Sequence[torch.Tensor] | None,
     layout: TileLayout,
     seed: int,
     launch: LinearLaunch | None = None,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`[M, N]` in the dtype of `x`, `[M, in_features]`: two kernels."""
-    batch, (rows, tiles, words) = x.shape[0], qdata.shape
-    if qdata.numel() >= 2**31 or (batch + 64) * tiles * layout.tile >= 2**31:
-        raise ValueError(f"the kernel's offsets have 31 bits, got {qdata.numel()} words and {batch} x {tiles * layout.tile} activations")
+    """The fused linear layer: two kernels.
+
+    Args:
+        x: `[M, in_features]`, last dimension contiguous.
+        qdata: `[N, tiles, words]`, or up to four siblings of one layout, which multiply the same activations in one launch.
+        act_pre_scale: `[in_features]` or None.
+        bias: `[N]` or None; for siblings one each, or None for all.
+        residual: `[M, N]`, last dimension contiguous, added to the result before it is rounded.
+
+    Returns:
+        `[M, N]` in the dtype of `x`; for siblings their rows one after the other.
+    """
+    weights = [qdata] if isinstance(qdata, torch.Tensor) else list(qdata)
+    biases = [bias] * len(weights) if bias is None or isinstance(bias, torch.Tensor) else list(bias)
+    if not 1 <= len(weights) <= MAX_SIBLINGS or len(biases) != len(weights):
+        raise ValueError(f"qdata must be 1 to {MAX_SIBLINGS} weights with a bias each or None, got {len(weights)} and {len(biases)}")
+    batch, (_, tiles, words) = x.shape[0], weights[0].shape
+    counts = [weight.shape[0] for weight in weights]
+    rows = sum(counts)
+    largest = max(weight.numel() for weight in weights)
+    if largest >= 2**31 or (batch + 64) * tiles * layout.tile >= 2**31:
+        raise ValueError(f"the kernel's offsets have 31 bits, got {largest} words and {batch} x {tiles * layout.tile} activations")
     if launch is None:
         processors = multiprocessors(x.device) if x.is_cuda else 1
         launch = linear_launch(batch, rows, tiles, processors, row_bytes(layout.stream_words))
@@ -102,24 +126,35 @@ def int8_linear(
         return out
     columns, splits = launch.columns, launch.splits
     padded = -(-batch // columns) * columns
-    grid = (-(-rows // (WARP_ROWS * launch.num_warps)), splits, padded // columns)
+    grid = (sum(-(-n // (WARP_ROWS * launch.num_warps)) for n in counts), splits, padded // columns)
     counters = grid[0] * launch.num_warps * grid[2] if splits > 1 else 0
     q, scale, zeros = rotate_quantize(x, act_pre_scale, layout, tiles, seed, padded, counters)
     pdl = dependent_launch(x.device)
     partial = torch.empty((splits, padded, rows), dtype=torch.float32, device=x.device) if splits > 1 else scale
+    has_bias = biases[0] is not None
+    if has_bias and len({b.dtype for b in biases}) > 1:
+        biases = [b.float() for b in biases]
+    biases = [b.contiguous() for b in biases] if has_bias else [out]
+    weights += weights[:1] * (MAX_SIBLINGS - len(weights))
+    biases += biases[:1] * (MAX_SIBLINGS - len(biases))
     linear_kernel[grid](
-        qdata,
+        weights[0],
         layout.kernel_tables(x.device),
         q,
         scale,
-        out if bias is None else bias.contiguous(),
+        biases[0],
         out,
         partial,
         zeros,
         batch,
         padded,
-        rows,
+        counts[0],
         tiles,
+        out if residual is None else residual,
+        0 if residual is None else residual.stride(0),
+        *weights[1:],
+        *biases[1:],
+        *(counts[1:] + [0] * (MAX_SIBLINGS - len(counts))),
         LATTICE=layout.lattice,
         K=layout.rice_parameter,
         SHIFT=layout.kernel_shift,
@@ -133,7 +168,9 @@ def int8_linear(
         ROW_BYTES=buffer_bytes,
         COLUMNS=columns,
         SPLIT=splits > 1,
-        HAS_BIAS=bias is not None,
+        HAS_BIAS=has_bias,
+        HAS_RESIDUAL=residual is not None,
+        SIBLINGS=len(counts),
         NUM_WARPS=launch.num_warps,
         num_warps=launch.num_warps,
         PDL=pdl,
