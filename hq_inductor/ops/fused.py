@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 
@@ -130,23 +132,52 @@ def rotate(
     return out
 
 
+MAX_SIBLINGS = 4
+
+
+def _default_launch(x: torch.Tensor, counts: list[int], tiles: int, layout: TileLayout) -> LinearLaunch:
+    processors = multiprocessors(x.device) if x.is_cuda else 1
+    return linear_launch(x.shape[0], sum(counts), tiles, processors, row_bytes(layout.stream_words))
+
+
 def int8_linear(
     x: torch.Tensor,
-    qdata: torch.Tensor,
+    qdata: torch.Tensor | Sequence[torch.Tensor],
     act_pre_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    bias: torch.Tensor | Sequence[torch.Tensor] | None,
     layout: TileLayout,
     seed: int,
     launch: LinearLaunch | None = None,
+    residual: torch.Tensor | None = None,
     prologue: Prologue = NO_PROLOGUE,
+    rotated: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """`[M, N]` in the dtype of `x`, `[M, in_features]`: two kernels."""
-    batch, (rows, tiles, words) = x.shape[0], qdata.shape
-    if qdata.numel() >= 2**31 or (batch + 64) * tiles * layout.tile >= 2**31:
-        raise ValueError(f"the kernel's offsets have 31 bits, got {qdata.numel()} words and {batch} x {tiles * layout.tile} activations")
+    """The fused linear layer: two kernels.
+
+    Args:
+        x: `[M, in_features]`, last dimension contiguous.
+        qdata: `[N, tiles, words]`, or up to four siblings of one layout, which multiply the same activations in one launch.
+        act_pre_scale: `[in_features]` or None.
+        bias: `[N]` or None; for siblings one each, or None for all.
+        residual: `[M, N]`, last dimension contiguous, added to the result before it is rounded.
+        prologue: what happens to `x` first.
+        rotated: what `rotate_quantize` made of `x`, where it is there already; made here if it is None or padded otherwise.
+
+    Returns:
+        `[M, N]` in the dtype of `x`; for siblings their rows one after the other.
+    """
+    weights = [qdata] if isinstance(qdata, torch.Tensor) else list(qdata)
+    biases = [bias] * len(weights) if bias is None or isinstance(bias, torch.Tensor) else list(bias)
+    if not 1 <= len(weights) <= MAX_SIBLINGS or len(biases) != len(weights):
+        raise ValueError(f"qdata must be 1 to {MAX_SIBLINGS} weights with a bias each or None, got {len(weights)} and {len(biases)}")
+    batch, (_, tiles, words) = x.shape[0], weights[0].shape
+    counts = [weight.shape[0] for weight in weights]
+    rows = sum(counts)
+    largest = max(weight.numel() for weight in weights)
+    if largest >= 2**31 or (batch + 64) * tiles * layout.tile >= 2**31:
+        raise ValueError(f"the kernel's offsets have 31 bits, got {largest} words and {batch} x {tiles * layout.tile} activations")
     if launch is None:
-        processors = multiprocessors(x.device) if x.is_cuda else 1
-        launch = linear_launch(batch, rows, tiles, processors, row_bytes(layout.stream_words))
+        launch = _default_launch(x, counts, tiles, layout)
     buffer_bytes = row_bytes(layout.stream_words) if x.is_cuda else 0
     if launch.num_warps > decode_warps(buffer_bytes):
         raise ValueError(f"num_warps must be at most {decode_warps(buffer_bytes)} for {layout}, got {launch.num_warps}")
@@ -155,24 +186,38 @@ def int8_linear(
         return out
     columns, splits = launch.columns, launch.splits
     padded = -(-batch // columns) * columns
-    grid = (-(-rows // (WARP_ROWS * launch.num_warps)), splits, padded // columns)
+    grid = (sum(-(-n // (WARP_ROWS * launch.num_warps)) for n in counts), splits, padded // columns)
     counters = grid[0] * launch.num_warps * grid[2] if splits > 1 else 0
-    q, scale, zeros = rotate_quantize(x, act_pre_scale, layout, tiles, seed, padded, counters, prologue)
+    if rotated is None or rotated[0].shape[1] != padded:
+        q, scale, zeros = rotate_quantize(x, act_pre_scale, layout, tiles, seed, padded, counters, prologue)
+    else:
+        (q, scale), zeros = rotated, torch.zeros(counters, dtype=torch.int32, device=x.device)
     pdl = dependent_launch(x.device)
     partial = torch.empty((splits, padded, rows), dtype=torch.float32, device=x.device) if splits > 1 else scale
+    has_bias = biases[0] is not None
+    if has_bias and len({b.dtype for b in biases}) > 1:
+        biases = [b.float() for b in biases]
+    biases = [b.contiguous() for b in biases] if has_bias else [out]
+    weights += weights[:1] * (MAX_SIBLINGS - len(weights))
+    biases += biases[:1] * (MAX_SIBLINGS - len(biases))
     linear_kernel[grid](
-        qdata,
+        weights[0],
         layout.kernel_tables(x.device),
         q,
         scale,
-        out if bias is None else bias.contiguous(),
+        biases[0],
         out,
         partial,
         zeros,
         batch,
         padded,
-        rows,
+        counts[0],
         tiles,
+        out if residual is None else residual,
+        0 if residual is None else residual.stride(0),
+        *weights[1:],
+        *biases[1:],
+        *(counts[1:] + [0] * (MAX_SIBLINGS - len(counts))),
         LATTICE=layout.lattice,
         K=layout.rice_parameter,
         SHIFT=layout.kernel_shift,
@@ -186,7 +231,9 @@ def int8_linear(
         ROW_BYTES=buffer_bytes,
         COLUMNS=columns,
         SPLIT=splits > 1,
-        HAS_BIAS=bias is not None,
+        HAS_BIAS=has_bias,
+        HAS_RESIDUAL=residual is not None,
+        SIBLINGS=len(counts),
         NUM_WARPS=launch.num_warps,
         num_warps=launch.num_warps,
         PDL=pdl,
@@ -195,6 +242,41 @@ def int8_linear(
         **({"launch_pdl": True} if pdl else {}),
     )
     return out
+
+
+def sibling_linear(
+    x: torch.Tensor,
+    qdata: list[torch.Tensor],
+    act_pre_scale: torch.Tensor | None,
+    bias: list[torch.Tensor | None],
+    layouts: list[TileLayout],
+    seed: int,
+    residual: torch.Tensor | None,
+    prologue: Prologue,
+) -> torch.Tensor:
+    """`int8_linear` for any number of siblings: `[M, sum N]`. Layouts agree in lattice and tile.
+
+    Neighbours of one layout share a launch; all share the rotation and quantization of `x`.
+    """
+    groups: list[list[int]] = []
+    for i, layout in enumerate(layouts):
+        if groups and len(groups[-1]) < MAX_SIBLINGS and layouts[groups[-1][0]] == layout:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    rotated = None
+    if len(groups) > 1 and x.shape[0] > 0:
+        columns = _default_launch(x, [qdata[i].shape[0] for i in groups[0]], qdata[0].shape[1], layouts[0]).columns
+        padded = -(-x.shape[0] // columns) * columns
+        rotated = rotate_quantize(x, act_pre_scale, layouts[0], qdata[0].shape[1], seed, padded, 0, prologue)[:2]
+    outs = []
+    for group in groups:
+        biases = None
+        if any(bias[i] is not None for i in group):
+            biases = [x.new_zeros(qdata[i].shape[0]) if bias[i] is None else bias[i] for i in group]
+        words = [qdata[i] for i in group]
+        outs.append(int8_linear(x, words, act_pre_scale, biases, layouts[group[0]], seed, None, residual, prologue, rotated))
+    return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
 
 
 def decode(

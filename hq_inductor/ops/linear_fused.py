@@ -1,7 +1,8 @@
 """`hyperquant::rice_linear_fused`: linear layers that read the same activations, with what comes before and after, as one op.
 
 Definition.  `y = concat_i(rice_linear(prologue(x), qdata_i, act_pre_scale, bias_i)) + residual`; `hq_inductor.ops.prologue` defines the
-             prologues. Biases and the residual are added to the fp32 sums before the one rounding to the dtype of x.
+             prologues. Biases and the residual are added to the fp32 sums before the one rounding to the dtype of x; after library
+             products, which round by themselves, the residual is.
 Why.         Siblings share the rotation and quantization of activations, the launch over their tiles and, for large batches, the library
              product. `hq_inductor.passes` writes this op; nobody needs to call it.
 Choice.      As `rice_linear` (`hq_inductor.ops.linear`), whose mma formats it takes. On CUDA the prologue is computed by the kernel that
@@ -101,21 +102,19 @@ def _rice_linear_fused_cuda(
         return _rice_linear_fused(
             x, qdata, act_pre_scale, bias, gate, norm_weight, norm_bias, residual, prologue, eps, lattice, tile, code, seed, mma
         )
-    from .fused import int8_linear  # Triton is there on Linux only, and takes its time to import
+    from .fused import sibling_linear  # Triton is there on Linux only, and takes its time to import
 
     before = Prologue(prologue, gate, norm_weight, norm_bias, eps)
     layouts = _check(x, qdata, act_pre_scale, bias, residual, before, lattice, tile, code, mma)
     before = Prologue(prologue, None if gate is None else rows_of(gate), norm_weight, norm_bias, eps)
     flat, qdata = rows_of(x), [q.contiguous() for q in qdata]
+    added = None if residual is None else rows_of(residual)
     if takes_fused_kernel(mma, x.dtype, flat.shape[0]):
-        outs = [
-            int8_linear(flat, q, act_pre_scale, b, layout, seed, prologue=before) for q, b, layout in zip(qdata, bias, layouts, strict=True)
-        ]
-        out = torch.cat(outs, 1) if len(outs) > 1 else outs[0]
+        out = sibling_linear(flat, qdata, act_pre_scale, bias, layouts, seed, added, before)
     else:
         out = library_linear(flat, qdata, act_pre_scale, bias, layouts, seed, mma, before)
-    if residual is not None:
-        out += residual.reshape(out.shape)
+        if added is not None:
+            out += added
     return out.view(*x.shape[:-1], out.shape[1])
 
 

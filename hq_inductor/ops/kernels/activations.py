@@ -1,7 +1,8 @@
 """Randomized Hadamard transform of activations, quantized to int8 per tile, in the order the fused linear kernel reads.
 
 Definition.  Per row m and tile t: `r = RHT(prologue(x) * pre_scale)` (`hq_inductor.ops.prologue`, `hq_inductor.format.hadamard`),
-             times sqrt(3) at even places for a2, whose codes leave it out; `act_scale = max |r| / 127`, `q = round(r / act_scale)`, ties to even. A tile of zeros has scale 0.
+             times sqrt(3) at even places for a2, whose codes leave it out; `act_scale = max |r| / 127`, `q = round(r / act_scale)`,
+             ties to even. A tile of zeros has scale 0.
 Storage.     `q`, int8 `[tiles * TILE / 64, M_PAD, 64]`: the 64 coefficients of a block stand as `[lane j][vector v % 2][8]`, so that one
              16-byte load gives a thread its B operands of two MMAs. `act_scale`, fp32 `[tiles, M_PAD]`. Rows M to M_PAD are zeros.
 ALIGNED.     Features and distances of rows are multiples of 16: loads of 16 bytes.

@@ -79,9 +79,27 @@ def check_case(lattice: str, bps: float, rows: int, columns: int, tile: int | No
     assert decode(noise, layout, torch.float32)[0].isfinite().all()
 
 
+def check_siblings(counts: tuple[int, ...], splits: int, with_bias: bool) -> None:
+    """Weights that share a launch give what each gives alone; the residual is added last."""
+    weights = [HyperQuantTensor.from_hp(torch.randn(rows, 256), bps=3.5) for rows in counts]
+    layout = TileLayout("e8", weights[0].tile, weights[0].code, weights[0].qdata.shape[-1])
+    x = torch.randn(3, 256).to(torch.bfloat16)
+    biases = [torch.randn(rows).to(torch.bfloat16) for rows in counts] if with_bias else None
+    residual = torch.randn(3, sum(counts) + 5).to(torch.bfloat16)[:, : sum(counts)]
+    launch = LinearLaunch(8, splits, 1)
+    words = [weight.qdata for weight in weights]
+    alone = [int8_linear(x.float(), w, None, b, layout, 0, launch) for w, b in zip(words, biases or [None] * len(words), strict=True)]
+    found = int8_linear(x.float(), words, None, biases, layout, 0, launch, residual)
+    torch.testing.assert_close(found, torch.cat(alone, 1) + residual.float(), rtol=1e-5, atol=1e-5)
+    print("ok siblings", counts)
+
+
 def main() -> None:
     assert triton.knobs.runtime.interpret
     torch.manual_seed(0)
+    check_siblings((17, 40), 1, False)
+    check_siblings((16, 5, 33), 2, True)
+    check_siblings((20, 16, 7, 40), 2, True)
     for case in CASES:
         check_case(*case)
         print("ok", *case)

@@ -7,10 +7,12 @@ from __future__ import annotations
 import torch
 import triton
 
+from hq_inductor import HyperQuantTensor
 from hq_inductor.format.hadamard import hadamard_block, hadamard_ref
+from hq_inductor.format.layout import TileLayout
 from hq_inductor.format.rates import weight_layout
-from hq_inductor.ops.fused import rotate, rotate_quantize
-from hq_inductor.ops.prologue import GATES, NORMS, PROLOGUES, Prologue
+from hq_inductor.ops.fused import rotate, rotate_quantize, sibling_linear
+from hq_inductor.ops.prologue import GATES, NO_PROLOGUE, NORMS, PROLOGUES, Prologue
 
 from .interpreted import unpack
 
@@ -49,6 +51,24 @@ def check(name: str, features: int, dtype: torch.dtype) -> None:
     assert (quantized[batch:] == 0).all()
 
 
+def check_siblings() -> None:
+    """The whole layer for siblings of two rates, with a norm before: one rotation, two launches."""
+    x, prologue = make("rms_norm", 384, torch.float32, 3)
+    weights = [HyperQuantTensor.from_hp(torch.randn(rows, 384), bps=bps, seed=3) for rows, bps in ((20, 4.0), (17, 4.0), (5, 3.0))]
+    layouts = [TileLayout("e8", w.tile, w.code, w.qdata.shape[-1]) for w in weights]
+    bias = [None, torch.randn(17), None]
+    found = sibling_linear(x, [w.qdata for w in weights], None, bias, layouts, 3, None, prologue)
+    activations = prologue.apply(x)
+    alone = [
+        sibling_linear(activations, [w.qdata], None, [b], [layout], 3, None, NO_PROLOGUE)
+        for w, b, layout in zip(weights, bias, layouts, strict=True)
+    ]
+    expected = torch.cat(alone, 1)
+    # an activation may be rounded to the next int8 value
+    assert (found - expected).abs().max() <= expected.abs().max() / 127 / 4
+    assert found.shape == (3, 42)
+
+
 def main() -> None:
     assert triton.knobs.runtime.interpret
     torch.manual_seed(0)
@@ -57,6 +77,8 @@ def main() -> None:
             for dtype in (torch.float32, torch.float16):
                 check(name, features, dtype)
         print("ok", name)
+    check_siblings()
+    print("ok siblings")
 
 
 if __name__ == "__main__":

@@ -70,21 +70,22 @@ def layout_constants(lattice: str, bps: float, plain: bool = False) -> tuple[dic
 
 
 @pytest.mark.parametrize(
-    ("capability", "lattice", "bps", "columns", "registers"),
+    ("capability", "lattice", "bps", "columns", "registers", "siblings"),
     [
-        (80, "e8", 4.0, 8, TIGHT_REGISTERS),
-        (90, "e8", 4.0, 8, TIGHT_REGISTERS),
-        (100, "e8", 4.0, 8, TIGHT_REGISTERS),
-        (90, "e8", 4.0, 8, REGISTERS[8]),
-        (90, "e8", 4.0, 32, REGISTERS[32]),
-        (90, "e8", 3.5, 8, REGISTERS[8]),
-        (90, "d4", 3.0, 8, REGISTERS[8]),
-        (90, "e8", 2.0, 8, REGISTERS[8]),
+        (80, "e8", 4.0, 8, TIGHT_REGISTERS, 1),
+        (90, "e8", 4.0, 8, TIGHT_REGISTERS, 3),
+        (100, "e8", 4.0, 8, TIGHT_REGISTERS, 1),
+        (90, "e8", 4.0, 8, REGISTERS[8], 1),
+        (90, "e8", 4.0, 32, REGISTERS[32], 4),
+        (90, "e8", 3.5, 8, REGISTERS[8], 1),
+        (90, "d4", 3.0, 8, REGISTERS[8], 2),
+        (90, "e8", 2.0, 8, REGISTERS[8], 1),
     ],
 )
-def test_linear(capability, lattice, bps, columns, registers, tmp_path):
+def test_linear(capability, lattice, bps, columns, registers, siblings, tmp_path):
     constants, num_warps = layout_constants(lattice, bps)
     constants |= {"COLUMNS": columns, "SPLIT": True, "HAS_BIAS": True, "NUM_WARPS": num_warps, "PDL": capability >= 90}
+    constants |= {"HAS_RESIDUAL": True, "SIBLINGS": siblings}
     pointers = {
         "words_ptr": "*i32",
         "table_ptr": "*i32",
@@ -96,8 +97,15 @@ def test_linear(capability, lattice, bps, columns, registers, tmp_path):
         "counter_ptr": "*i32",
     }
     scalars = dict.fromkeys(("M", "M_PAD", "N", "tiles"), "i32")
+    residual = {"residual_ptr": "*bf16", "stride_residual": "i32"}
+    others = dict.fromkeys(("words1_ptr", "words2_ptr", "words3_ptr"), "*i32") | dict.fromkeys(
+        ("bias1_ptr", "bias2_ptr", "bias3_ptr"), "*bf16"
+    )
+    others |= dict.fromkeys(("N1", "N2", "N3"), "i32")
     options = {"maxnreg": registers} if registers else {}
-    sass, used, shared = compile_ahead(linear_kernel, {**pointers, **scalars}, constants, capability, num_warps, tmp_path, **options)
+    sass, used, shared = compile_ahead(
+        linear_kernel, {**pointers, **scalars, **residual, **others}, constants, capability, num_warps, tmp_path, **options
+    )
     tiles_loop = loop_of(sass, "IMMA")
     assert tiles_loop.count("IMMA") >= columns // 8 * 4
     spills = tiles_loop.count("LDL") + tiles_loop.count("STL")
