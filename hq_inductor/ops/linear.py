@@ -22,7 +22,7 @@ from ..format.mma import E4M3_MAX, check_mma, fp8_scale, round_operands
 from .decode import decode_words
 from .launch import FUSED_BATCH, fp8_products
 from .prologue import NO_PROLOGUE, Prologue
-from .registry import LIBRARY, NAMESPACE, check_floating, check_qdata, register
+from .registry import LIBRARY, NAMESPACE, check_floating, check_qdata, register, traced
 
 # rows are decoded in blocks of about this many weights: a float copy of a block stays small beside the packed weight
 _BLOCK_WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 26}
@@ -187,6 +187,7 @@ def decode_row_scale(qdata: torch.Tensor, layout: TileLayout) -> torch.Tensor:
 
 
 def _rice_linear_fake(x, qdata, act_pre_scale, bias, lattice, tile, code, seed, mma="auto"):
+    traced()
     layout = check_qdata(qdata, lattice, tile, code)
     check_linear(x, qdata, act_pre_scale, layout, x.shape[-1])
     check_mma(mma)
