@@ -12,8 +12,10 @@ from ..format.layout import TileLayout
 from .kernels.activations import rotate_kernel, rotate_quantize_kernel
 from .kernels.decode import decode_kernel
 from .kernels.linear import linear_kernel
+from .kernels.matmul import int8_matmul_kernel
+from .kernels.rows import rotate_fp8_kernel, rotate_int8_kernel
 from .kernels.shared import row_bytes
-from .launch import WARP_ROWS, LinearLaunch, decode_warps, dependent_launch, linear_launch, multiprocessors
+from .launch import WARP_ROWS, LinearLaunch, MatmulLaunch, decode_warps, dependent_launch, linear_launch, matmul_launch, multiprocessors
 
 
 def _rotation(layout: TileLayout, act_pre_scale: torch.Tensor | None, seed: int) -> dict:
@@ -76,6 +78,101 @@ def rotate(
         tiles,
         **_rotation(layout, act_pre_scale, seed),
         num_warps=1,
+    )
+    return out
+
+
+def rotate_int8(
+    x: torch.Tensor, act_pre_scale: torch.Tensor | None, layout: TileLayout, tiles: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotated activations of `[M, in_features]` as int8 `[M, tiles * tile]`, with their scales `[tiles, M]` fp32."""
+    q = torch.empty((x.shape[0], tiles * layout.tile), dtype=torch.int8, device=x.device)
+    scale = torch.empty((tiles, x.shape[0]), dtype=torch.float32, device=x.device)
+    if q.numel() == 0:
+        return q, scale
+    rotate_int8_kernel[(x.shape[0], tiles)](
+        x,
+        x if act_pre_scale is None else act_pre_scale,
+        q,
+        scale,
+        x.shape[1],
+        x.stride(0),
+        tiles,
+        **_rotation(layout, act_pre_scale, seed),
+        LATTICE=layout.lattice,
+        num_warps=1,
+    )
+    return q, scale
+
+
+def rotate_fp8(
+    x: torch.Tensor, act_pre_scale: torch.Tensor | None, layout: TileLayout, tiles: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotated activations of `[M, in_features]` as e4m3 `[M, tiles * tile]`, with a scale per row `[M]` fp32."""
+    columns = tiles * layout.tile
+    q = torch.empty((x.shape[0], columns), dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    if q.numel() == 0:
+        return q, scale
+    block = hadamard_block(layout.tile)
+    parts = triton.next_power_of_2(columns // block)
+    rotate_fp8_kernel[(x.shape[0],)](
+        x,
+        x if act_pre_scale is None else act_pre_scale,
+        q,
+        scale,
+        x.shape[1],
+        x.stride(0),
+        COLUMNS=columns,
+        BLOCK=block,
+        PARTS=parts,
+        SEED=seed,
+        HAS_SCALE=act_pre_scale is not None,
+        num_warps=min(32, max(1, parts * block // 1024)),
+    )
+    return q, scale
+
+
+def int8_matmul(
+    x: torch.Tensor,
+    act_scale: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    launch: MatmulLaunch | None = None,
+) -> torch.Tensor:
+    """`[M, N]` in `dtype` from `rotate_int8` and `decode`.
+
+    Args:
+        x: `[M, K]` int8, with scales `act_scale`, `[tiles, M]` fp32.
+        codes: `[N, K]` int8, with scales `scale`, `[N, tiles]` fp32.
+        bias: `[N]` or None.
+    """
+    (batch, columns), (rows, tiles) = x.shape, scale.shape
+    out = torch.empty((batch, rows), dtype=dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    launch = launch or matmul_launch(batch)
+    grid = (-(-batch // launch.block_m) * -(-rows // launch.block_n),)
+    int8_matmul_kernel[grid](
+        x,
+        act_scale,
+        codes,
+        scale,
+        out if bias is None else bias.contiguous(),
+        out,
+        batch,
+        rows,
+        tiles,
+        TILE=columns // tiles,
+        HAS_BIAS=bias is not None,
+        BLOCK_M=launch.block_m,
+        BLOCK_N=launch.block_n,
+        BLOCK_K=launch.block_k,
+        GROUP_M=8,
+        num_warps=launch.num_warps,
+        num_stages=launch.stages,
     )
     return out
 
@@ -182,22 +279,24 @@ def int8_linear(
 
 
 def decode(
-    qdata: torch.Tensor, layout: TileLayout, dtype: torch.dtype, row_scale: torch.Tensor | None = None
+    qdata: torch.Tensor, layout: TileLayout, dtype: torch.dtype, row_scale: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Decode a weight.
 
     Args:
         qdata: `[N, tiles, words]` int32.
         dtype: int8 for codes; or of the rotated weight: fp32, bf16, fp16 or float8_e4m3fn.
-        row_scale: `[N]` fp32, which the rotated weight is divided by.
+        row_scale: divide each row by a scale that brings what its tiles can hold into the range of e4m3.
 
     Returns:
-        `[N, tiles * tile]`, and for codes the scales `[N, tiles]` fp32.
+        `[N, tiles * tile]`, and for codes the scales `[N, tiles]`, for `row_scale` the scales `[N]`, fp32.
     """
     rows, tiles, words = qdata.shape
     codes = dtype == torch.int8
     out = torch.empty((rows, tiles * layout.tile), dtype=dtype, device=qdata.device)
-    scale = torch.empty((rows, tiles), dtype=torch.float32, device=qdata.device) if codes else None
+    scale = None
+    if codes or row_scale:
+        scale = torch.empty((rows, tiles) if codes else rows, dtype=torch.float32, device=qdata.device)
     if out.numel() == 0:
         return out, scale
     buffer_bytes = row_bytes(layout.stream_words) if qdata.is_cuda else 0
@@ -208,9 +307,9 @@ def decode(
     decode_kernel[(blocks, parts)](
         qdata,
         layout.kernel_tables(qdata.device, plain=True),
-        placeholder if row_scale is None else row_scale,
+        scale if row_scale else placeholder,
         out,
-        placeholder if scale is None else scale,
+        scale if codes else placeholder,
         rows,
         tiles,
         LATTICE=layout.lattice,
@@ -224,7 +323,8 @@ def decode(
         ALIGNED=_aligned(layout),
         ROW_BYTES=buffer_bytes,
         CODES=codes,
-        ROW_SCALE=row_scale is not None,
+        ROW_SCALE=row_scale,
+        LARGEST=layout.largest_value,
         NUM_WARPS=num_warps,
         num_warps=num_warps,
         num_stages=1,

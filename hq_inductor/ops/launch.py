@@ -9,8 +9,8 @@ import torch
 
 # largest batch for which "auto" takes the fused kernel: beyond one block of columns it would decode the weight again for each
 FUSED_BATCH = 32
-# batch columns per block, and the most registers per thread, for two blocks of 8 warps on a multiprocessor; 0: fewer than that anyway
-REGISTERS = {8: 0, 16: 128, 32: 128}
+# batch columns per block, and the most registers per thread, for two blocks of 8 warps on a multiprocessor
+REGISTERS = {8: 128, 16: 128, 32: 128}
 # three of them
 TIGHT_REGISTERS = 80
 # rows of a warp, columns of an MMA
@@ -41,6 +41,21 @@ class LinearLaunch:
             raise ValueError(f"splits must be at least 1, got {self.splits}")
         if self.num_warps not in (1, 2, 4, 8):
             raise ValueError(f"num_warps must be 1, 2, 4 or 8, got {self.num_warps}")
+
+
+@dataclass(frozen=True)
+class MatmulLaunch:
+    """How the int8 product of decoded codes is launched: outputs per block, columns per step, warps, steps under way."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    stages: int
+
+
+def matmul_launch(batch: int) -> MatmulLaunch:
+    return MatmulLaunch(64, 128, 128, 4, 4) if batch <= 64 else MatmulLaunch(128, 128, 128, 8, 4)
 
 
 @functools.lru_cache(maxsize=32)

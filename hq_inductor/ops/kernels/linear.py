@@ -139,7 +139,7 @@ def load_tables(table_ptr, address, thread, NUM_WARPS: tl.constexpr):
 
 
 @triton.jit
-def _load_chunks(words, tile_ptr, j, FIRST: tl.constexpr, LAST: tl.constexpr):
+def load_chunks(words, tile_ptr, j, FIRST: tl.constexpr, LAST: tl.constexpr):
     """`words` and the raw words 4 FIRST to 4 LAST of lane `j`."""
     for c in tl.static_range(FIRST, LAST):
         words = words + _load_16(tile_ptr + 16 * c + 4 * j)
@@ -327,8 +327,8 @@ def linear_kernel(
     tile_u = tile_offset(strip, r, first_tile, N, tiles, WORDS)
     tile_v = tile_offset(strip, r + 8, first_tile, N, tiles, WORDS)
     if CHUNKED:
-        ahead_u = _load_chunks((), words_ptr + tile_u, j, 0, FIRST)
-        ahead_v = _load_chunks((), words_ptr + tile_v, j, 0, FIRST)
+        ahead_u = load_chunks((), words_ptr + tile_u, j, 0, FIRST)
+        ahead_v = load_chunks((), words_ptr + tile_v, j, 0, FIRST)
     else:
         ahead_u = load_raw(words_ptr + tile_u, 0, j, K, LATTICE, GROUPS)
         ahead_v = load_raw(words_ptr + tile_v, 0, j, K, LATTICE, GROUPS)
@@ -378,13 +378,13 @@ def linear_kernel(
             for g in tl.static_range(GROUPS):
                 # what the next group needs is under way while this one is decoded
                 if g + 1 < GROUPS:
-                    words_u = _load_chunks(words_u, words_ptr + tile_u, j, (K * g + K - 1) // 4 + 1, (K * g + 2 * K - 1) // 4 + 1)
-                    words_v = _load_chunks(words_v, words_ptr + tile_v, j, (K * g + K - 1) // 4 + 1, (K * g + 2 * K - 1) // 4 + 1)
+                    words_u = load_chunks(words_u, words_ptr + tile_u, j, (K * g + K - 1) // 4 + 1, (K * g + 2 * K - 1) // 4 + 1)
+                    words_v = load_chunks(words_v, words_ptr + tile_v, j, (K * g + K - 1) // 4 + 1, (K * g + 2 * K - 1) // 4 + 1)
                 else:
                     next_u = tile_offset(strip, r, t + 1, N, tiles, WORDS)
                     next_v = tile_offset(strip, r + 8, t + 1, N, tiles, WORDS)
-                    ahead_u = _load_chunks((), words_ptr + next_u, j, 0, FIRST)
-                    ahead_v = _load_chunks((), words_ptr + next_v, j, 0, FIRST)
+                    ahead_u = load_chunks((), words_ptr + next_u, j, 0, FIRST)
+                    ahead_v = load_chunks((), words_ptr + next_v, j, 0, FIRST)
                 raw_u = ()
                 raw_v = ()
                 for w in tl.static_range(K):
