@@ -13,9 +13,19 @@ from .kernels.activations import rotate_kernel, rotate_quantize_kernel
 from .kernels.decode import decode_kernel
 from .kernels.linear import linear_kernel
 from .kernels.matmul import int8_matmul_kernel
-from .kernels.rows import rotate_fp8_kernel, rotate_int8_kernel
+from .kernels.rows import fp8_scale_kernel, rotate_fp8_kernel, rotate_int8_kernel
 from .kernels.shared import row_bytes
-from .launch import WARP_ROWS, LinearLaunch, MatmulLaunch, decode_warps, dependent_launch, linear_launch, matmul_launch, multiprocessors
+from .launch import (
+    WARP_ROWS,
+    LinearLaunch,
+    MatmulLaunch,
+    decode_parts,
+    decode_warps,
+    dependent_launch,
+    linear_launch,
+    matmul_launch,
+    multiprocessors,
+)
 
 
 def _rotation(layout: TileLayout, act_pre_scale: torch.Tensor | None, seed: int) -> dict:
@@ -114,22 +124,21 @@ def rotate_fp8(
     scale = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     if q.numel() == 0:
         return q, scale
-    block = hadamard_block(layout.tile)
-    parts = triton.next_power_of_2(columns // block)
-    rotate_fp8_kernel[(x.shape[0],)](
+    pre_scale = x if act_pre_scale is None else act_pre_scale
+    rotation = _rotation(layout, act_pre_scale, seed)
+    fp8_scale_kernel[(x.shape[0],)](
         x,
-        x if act_pre_scale is None else act_pre_scale,
-        q,
+        pre_scale,
         scale,
         x.shape[1],
         x.stride(0),
-        COLUMNS=columns,
-        BLOCK=block,
-        PARTS=parts,
-        SEED=seed,
+        tiles,
+        TILE=layout.tile,
+        PADDED=triton.next_power_of_2(layout.tile),
         HAS_SCALE=act_pre_scale is not None,
-        num_warps=min(32, max(1, parts * block // 1024)),
+        num_warps=1 if x.shape[0] >= 1024 else 4,
     )
+    rotate_fp8_kernel[(x.shape[0], tiles)](x, pre_scale, q, scale, x.shape[1], x.stride(0), tiles, **rotation, num_warps=1)
     return q, scale
 
 
@@ -279,7 +288,7 @@ def int8_linear(
 
 
 def decode(
-    qdata: torch.Tensor, layout: TileLayout, dtype: torch.dtype, row_scale: bool = False
+    qdata: torch.Tensor, layout: TileLayout, dtype: torch.dtype, row_scale: bool = False, parts: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Decode a weight.
 
@@ -287,6 +296,7 @@ def decode(
         qdata: `[N, tiles, words]` int32.
         dtype: int8 for codes; or of the rotated weight: fp32, bf16, fp16 or float8_e4m3fn.
         row_scale: divide each row by a scale that brings what its tiles can hold into the range of e4m3.
+        parts: blocks that share the tiles of a row; None chooses.
 
     Returns:
         `[N, tiles * tile]`, and for codes the scales `[N, tiles]`, for `row_scale` the scales `[N]`, fp32.
@@ -302,7 +312,8 @@ def decode(
     buffer_bytes = row_bytes(layout.stream_words) if qdata.is_cuda else 0
     num_warps = decode_warps(buffer_bytes)
     blocks = -(-rows // (WARP_ROWS * num_warps))
-    parts = min(tiles, max(1, -(-4 * multiprocessors(qdata.device) // blocks))) if qdata.is_cuda else 1
+    if parts is None:
+        parts = decode_parts(blocks, tiles, multiprocessors(qdata.device)) if qdata.is_cuda else 1
     placeholder = qdata
     decode_kernel[(blocks, parts)](
         qdata,

@@ -80,6 +80,17 @@ def decode_warps(row_bytes: int) -> int:
     return 8 if row_bytes <= 64 else 4
 
 
+def even_parts(tiles: int, parts: int) -> int:
+    """The fewest parts, up to `parts`, whose largest is as small as with `parts`."""
+    parts = max(1, min(tiles, parts))
+    return -(-tiles // -(-tiles // parts))
+
+
+def decode_parts(blocks: int, tiles: int, processors: int) -> int:
+    """Parts of the tiles of a row for the decoder, `blocks` blocks high."""
+    return even_parts(tiles, 4 * processors // blocks)
+
+
 @functools.lru_cache(maxsize=4096)
 def linear_launch(batch: int, rows: int, tiles: int, processors: int, row_bytes: int) -> LinearLaunch:
     """Launch for `[batch, K] x [rows, K]^T`, `tiles` tiles per row, `row_bytes` of `hq_inductor.ops.kernels.shared`.
@@ -93,4 +104,4 @@ def linear_launch(batch: int, rows: int, tiles: int, processors: int, row_bytes:
     if columns == MMA_COLUMNS and blocks * tiles > 11 * processors:
         return LinearLaunch(columns, -(-tiles // 4), num_warps, TIGHT_REGISTERS)
     slots = 2 * processors * (8 // num_warps)
-    return LinearLaunch(columns, max(1, min(tiles, slots // blocks)), num_warps, REGISTERS[columns])
+    return LinearLaunch(columns, even_parts(tiles, slots // blocks), num_warps, REGISTERS[columns])

@@ -2,7 +2,9 @@
 
 Definition.  `r = RHT(x * pre_scale)` (`hq_inductor.format.hadamard`) as `hq_inductor.ops.kernels.activations` has it.
              int8: per row and tile, `scale = max |r| / 127`, `q = round(r / scale)`, ties to even; times sqrt(3) at even places for a2.
-             fp8:  per row, `scale = max |r| / 448`, `q = e4m3(r / scale)`.
+             fp8:  per row, `scale = max_t |r_t| / 448`, |r_t| the Euclidean norm of a tile, and `q = e4m3(r / scale)`. No coefficient
+                   exceeds its tile's norm; the transform keeps the norm, so it is known before; and what it is above the largest
+                   coefficient (4 to 8 times) costs e4m3, a floating point format, no precision.
 """
 
 from __future__ import annotations
@@ -43,24 +45,54 @@ def rotate_int8_kernel(
     tl.store(scale_ptr + t * tl.num_programs(0) + m, largest / 127.0)
 
 
-@triton.jit(do_not_specialize=["in_features"])
-def rotate_fp8_kernel(
+@triton.jit(do_not_specialize=["in_features", "tiles"])
+def fp8_scale_kernel(
     x_ptr,  # [M, in_features], rows stride_xm apart
     pre_scale_ptr,  # [in_features], or anything if not HAS_SCALE
-    q_ptr,  # [M, COLUMNS] e4m3
     scale_ptr,  # [M] fp32
     in_features,
     stride_xm,
-    COLUMNS: tl.constexpr,
+    tiles,
+    TILE: tl.constexpr,
+    PADDED: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+):
+    """Program m: the scale of a row; `PADDED` is the power of two from TILE up."""
+    m = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, PADDED)
+    largest = 0.0
+    for t in range(tiles):
+        column = t * TILE + place
+        mask = (place < TILE) & (column < in_features)
+        x = tl.load(x_ptr + m * stride_xm + column, mask=mask, other=0.0).to(tl.float32)
+        if HAS_SCALE:
+            x = x * tl.load(pre_scale_ptr + column, mask=mask, other=0.0).to(tl.float32)
+        # squares of large elements would overflow
+        peak = tl.maximum(tl.max(tl.abs(x), 0), _SMALLEST)
+        x = x / peak
+        largest = tl.maximum(largest, tl.sqrt(tl.sum(x * x, 0)) * (peak / 448.0))
+    tl.store(scale_ptr + m, tl.maximum(largest, _SMALLEST))
+
+
+@triton.jit(do_not_specialize=["in_features", "tiles"])
+def rotate_fp8_kernel(
+    x_ptr,  # [M, in_features], rows stride_xm apart
+    pre_scale_ptr,  # [in_features], or anything if not HAS_SCALE
+    q_ptr,  # [M, tiles * TILE] e4m3
+    scale_ptr,  # [M] fp32
+    in_features,
+    stride_xm,
+    tiles,
+    TILE: tl.constexpr,
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
     SEED: tl.constexpr,
     HAS_SCALE: tl.constexpr,
 ):
-    """Program m: one whole row, held in registers: its largest coefficient decides its scale."""
+    """Program (m, t): one tile of one row, by the row's scale."""
     m = tl.program_id(0).to(tl.int64)
-    r, column, inside = rotate(x_ptr + m * stride_xm, pre_scale_ptr, 0, in_features, COLUMNS, BLOCK, PARTS, SEED, HAS_SCALE)
-    scale = tl.maximum(tl.max(tl.max(tl.abs(r), 1), 0) / 448.0, _SMALLEST)
+    t = tl.program_id(1)
+    scale = tl.load(scale_ptr + m)
+    r, column, inside = rotate(x_ptr + m * stride_xm, pre_scale_ptr, t, in_features, TILE, BLOCK, PARTS, SEED, HAS_SCALE)
     q = tl.minimum(tl.maximum(r * (1.0 / scale), -448.0), 448.0)
-    tl.store(q_ptr + m * COLUMNS + column, q.to(tl.float8e4nv), mask=inside)
-    tl.store(scale_ptr + m, scale)
+    tl.store(q_ptr + m * (tiles * TILE) + column, q.to(tl.float8e4nv), mask=inside)

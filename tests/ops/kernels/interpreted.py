@@ -80,7 +80,7 @@ def check_case(lattice: str, bps: float, rows: int, columns: int, tile: int | No
     _, row_scale = decode(words, layout, torch.float8_e4m3fn, row_scale=True)
     assert torch.equal(row_scale, scales.amax(1) * (layout.largest_value / E4M3_MAX))
     _, x_scale = rotate_fp8(x, pre_scale, layout, tiles, 3)
-    torch.testing.assert_close(x_scale, fp8_scale(plain), rtol=1e-5, atol=0)
+    torch.testing.assert_close(x_scale, fp8_scale(plain, layout.tile), rtol=1e-5, atol=0)
 
     decoded, decoded_scale = decode(words, layout, torch.int8)
     assert torch.equal(decoded, codes) and torch.equal(decoded_scale, scales)

@@ -16,7 +16,7 @@ from hq_inductor.ops.kernels.activations import rotate_kernel, rotate_quantize_k
 from hq_inductor.ops.kernels.decode import decode_kernel  # noqa: E402
 from hq_inductor.ops.kernels.linear import linear_kernel  # noqa: E402
 from hq_inductor.ops.kernels.matmul import int8_matmul_kernel  # noqa: E402
-from hq_inductor.ops.kernels.rows import rotate_fp8_kernel, rotate_int8_kernel  # noqa: E402
+from hq_inductor.ops.kernels.rows import fp8_scale_kernel, rotate_fp8_kernel, rotate_int8_kernel  # noqa: E402
 from hq_inductor.ops.kernels.shared import row_bytes  # noqa: E402
 from hq_inductor.ops.launch import REGISTERS, TIGHT_REGISTERS, matmul_launch  # noqa: E402
 
@@ -155,14 +155,16 @@ def test_rotate_int8(capability, tmp_path):
 
 
 @pytest.mark.parametrize("capability", [90, 100])
-@pytest.mark.parametrize(("columns", "num_warps"), [(4096, 4), (14336, 16), (28672, 32)])
-def test_rotate_fp8(capability, columns, num_warps, tmp_path):
-    parts = triton.next_power_of_2(columns // 512)
-    constants = {"COLUMNS": columns, "BLOCK": 512, "PARTS": parts, "SEED": 0, "HAS_SCALE": False}
+def test_rotate_fp8(capability, tmp_path):
     signature = {"x_ptr": "*bf16", "pre_scale_ptr": "*bf16", "q_ptr": "*fp8e4nv", "scale_ptr": "*fp32"}
-    scalars = dict.fromkeys(("in_features", "stride_xm"), "i32")
-    sass, _, _ = compile_ahead(rotate_fp8_kernel, {**signature, **scalars}, constants, capability, num_warps, tmp_path)
-    assert sass.count("LDL") + sass.count("STL") <= sass.count(";") // 50
+    scalars = dict.fromkeys(("in_features", "stride_xm", "tiles"), "i32")
+    constants = {"TILE": 384, "BLOCK": 128, "PARTS": 4, "SEED": 0, "HAS_SCALE": True}
+    sass, _, _ = compile_ahead(rotate_fp8_kernel, {**signature, **scalars}, constants, capability, 1, tmp_path)
+    assert "LDL" not in sass and "STL" not in sass, "spilled registers"
+    del signature["q_ptr"]
+    constants = {"TILE": 384, "PADDED": 512, "HAS_SCALE": True}
+    sass, _, _ = compile_ahead(fp8_scale_kernel, {**signature, **scalars}, constants, capability, 4, tmp_path)
+    assert "LDL" not in sass and "STL" not in sass, "spilled registers"
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
