@@ -159,12 +159,13 @@ def int8_matmul(
         bias: `[N]` or None.
     """
     (batch, columns), (rows, tiles) = x.shape, scale.shape
-    out = torch.empty((batch, rows), dtype=dtype, device=x.device)
+    launch = launch or matmul_launch(batch, rows, tiles, multiprocessors(x.device))
+    split = launch.splits > 1
+    shape = (launch.splits, batch, rows) if split else (batch, rows)
+    out = torch.empty(shape, dtype=torch.float32 if split else dtype, device=x.device)
     if out.numel() == 0:
-        return out
-    launch = launch or matmul_launch(batch)
-    grid = (-(-batch // launch.block_m) * -(-rows // launch.block_n),)
-    int8_matmul_kernel[grid](
+        return out.sum(0).to(dtype) if split else out
+    int8_matmul_kernel[(-(-batch // launch.block_m) * -(-rows // launch.block_n), launch.splits)](
         x,
         act_scale,
         codes,
@@ -175,7 +176,7 @@ def int8_matmul(
         rows,
         tiles,
         TILE=columns // tiles,
-        HAS_BIAS=bias is not None,
+        HAS_BIAS=bias is not None and not split,
         BLOCK_M=launch.block_m,
         BLOCK_N=launch.block_n,
         BLOCK_K=launch.block_k,
@@ -183,6 +184,9 @@ def int8_matmul(
         num_warps=launch.num_warps,
         num_stages=launch.stages,
     )
+    if split:
+        out = out.sum(0)
+        return (out if bias is None else out + bias).to(dtype)
     return out
 
 

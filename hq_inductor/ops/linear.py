@@ -6,8 +6,9 @@ Definition.  `y = RHT(x * act_pre_scale) W_r^T + bias`, W_r the dequantized rota
 Choice.      On a CPU the operands of `"auto"` and `"bf16"` are not rounded (fp32, or fp64 for fp64 activations), and other formats are
              emulated. On CUDA, `"int8"` is the fused kernel for batches up to `FUSED_BATCH`, which decodes into the operands of the
              tensor cores; larger ones decode to int8 codes for a product of our own, which scales tile by tile. `"auto"` is `"int8"` for
-             half-precision activations, else `"bf16"`: the weight decoded to the activations' dtype for a library product. `"fp8"`
-             decodes to e4m3 for one. nvfp4 and mxfp4 are emulated: rounded as the formats round, multiplied in the activations' dtype.
+             half-precision batches below `LIBRARY_BATCH`, else `"bf16"`: the weight decoded to the activations' dtype for a library
+             product. `"fp8"` decodes to e4m3 for one. nvfp4 and mxfp4 are emulated: rounded as the formats round, multiplied in the
+             activations' dtype.
 Gradients.   For `x` and `bias`; the weight is frozen. Backward decodes again instead of saving a dequantized weight.
 """
 
@@ -21,7 +22,7 @@ from ..format.lattice import embed
 from ..format.layout import TileLayout
 from ..format.mma import check_mma, round_operands
 from .decode import decode_words
-from .launch import FUSED_BATCH, fp8_products
+from .launch import FUSED_BATCH, LIBRARY_BATCH, fp8_products
 from .registry import LIBRARY, NAMESPACE, check_floating, check_qdata, register
 
 # rows are decoded in blocks of about this many weights: a float copy of a block stays small beside the packed weight
@@ -126,7 +127,7 @@ def _rice_linear_cuda(
     if flat.stride(-1) != 1:
         flat = flat.contiguous()
     batch = flat.shape[0]
-    if mma == "int8" or (mma == "auto" and x.dtype != torch.float32):
+    if mma == "int8" or (mma == "auto" and x.dtype != torch.float32 and batch < LIBRARY_BATCH):
         if batch <= FUSED_BATCH:
             out = int8_linear(flat, qdata, act_pre_scale, bias, layout, seed)
         else:

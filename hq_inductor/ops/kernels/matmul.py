@@ -3,7 +3,8 @@
 Definition.  `out[m, n] = bias[n] + sum_t act_scale[t, m] * scale[n, t] * (sum_k codes[n, t, k] * x[m, t, k])`: the fused kernel's layer
              (`hq_inductor.ops.kernels.linear`) from codes that stand in memory. Inner sums exact in int32, outer ones in fp32, in order
              of t.
-Work.        A program computes BLOCK_M x BLOCK_N outputs. Programs of GROUP_M row blocks share columns while these are in the L2.
+Work.        A program computes BLOCK_M x BLOCK_N outputs, or with several parts (`num_programs(1)`) their sums over its part of the
+             tiles, for the caller to add up. Programs of GROUP_M row blocks share columns while these are in the L2.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ def int8_matmul_kernel(
     codes_ptr,  # [N, tiles * TILE] int8
     scale_ptr,  # [N, tiles] fp32
     bias_ptr,  # [N], or anything if not HAS_BIAS
-    out_ptr,  # [M, N]
+    out_ptr,  # [M, N], or for several parts [parts, M, N] fp32
     M,
     N,
     tiles,
@@ -52,7 +53,14 @@ def int8_matmul_kernel(
     scale_ptrs = scale_ptr + column_in.to(tl.int64) * tiles
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
-    for step in range(tiles * STEPS):
+    part = tl.program_id(1)
+    first_tile = part * tiles // tl.num_programs(1)
+    last_tile = (part + 1) * tiles // tl.num_programs(1)
+    x_ptrs += first_tile * TILE
+    codes_ptrs += first_tile * TILE
+    act_scale_ptrs += first_tile * M
+    scale_ptrs += first_tile
+    for step in range((last_tile - first_tile) * STEPS):
         x = tl.load(x_ptrs)
         codes = tl.load(codes_ptrs)
         sums = tl.dot(x, codes, sums, out_dtype=tl.int32)
@@ -66,4 +74,4 @@ def int8_matmul_kernel(
     if HAS_BIAS:
         total += tl.load(bias_ptr + column_in)[None, :].to(tl.float32)
     inside = (row[:, None] < M) & (column[None, :] < N)
-    tl.store(out_ptr + row[:, None].to(tl.int64) * N + column[None, :], total.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + (part * M + row[:, None]).to(tl.int64) * N + column[None, :], total.to(out_ptr.dtype.element_ty), mask=inside)
