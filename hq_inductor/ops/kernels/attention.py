@@ -1,7 +1,8 @@
 """Attention over the KV cache for few queries: coded slots and exact tokens, straight into the tensor cores.
 
 Definition.  `out[c] = sum_t softmax_t(scale * <query[c], K_t>) V_t` over the tokens t that column c sees: causal, from `start`, in the
-             sliding window, where the mask is true. Tokens in `[sinks, length - window)` are read from slots, all others from the exact buffers.
+             sliding window, where the mask is true. Tokens in `[sinks, length - window)` are read from slots, all others from the
+             exact buffers.
              A column is one query vector; up to 8 of them share what is decoded: queries of a group, of joined heads, of a few positions.
 Arithmetic.  Queries are rounded to 15 bits, `128 hi + lo`, so a score is two int8 products with the codes, exact in int32. A weight is
              `exp2(score - m) * scale_t`, scale_t of the V slot, rounded to fp16 last of all; m follows the largest of them. V's

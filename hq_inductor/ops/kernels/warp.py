@@ -1,8 +1,8 @@
 """What the threads of a warp do together: products on the tensor cores, transposition and exchange of registers.
 
 One element per thread, as `hq_inductor.ops.kernels.bits`; thread `4 r + j` of a warp is lane j of row r. The operands of the products are
-the fragments of `mma.sync` in PTX: registers of the first factor hold rows r and r + 8, those of the second column r, sums stand in rows r and
-r + 8, columns 2 j and 2 j + 1. Under Triton's interpreter plain Triton of the same meaning stands in.
+the fragments of `mma.sync` in PTX: registers of the first factor hold rows r and r + 8, those of the second column r, sums stand in rows
+r and r + 8, columns 2 j and 2 j + 1. Under Triton's interpreter plain Triton of the same meaning stands in.
 """
 
 from __future__ import annotations
