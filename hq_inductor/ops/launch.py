@@ -86,8 +86,11 @@ def even_parts(tiles: int, parts: int) -> int:
 
 
 def decode_parts(blocks: int, tiles: int, processors: int) -> int:
-    """Parts of the tiles of a row for the decoder, `blocks` blocks high."""
-    return even_parts(tiles, 4 * processors // blocks)
+    """Parts of the tiles of a row for the decoder, `blocks` blocks high.
+
+    Measured (H200, 2026-11-24, 1 to 14 parts, four shapes): one wave of two blocks per multiprocessor, as for the linear kernel.
+    """
+    return even_parts(tiles, 2 * processors // blocks)
 
 
 @functools.lru_cache(maxsize=4096)
