@@ -7,10 +7,11 @@
 | `rice_decode`      | words -> codes and scales                                   |
 | `lattice_dequant`  | codes and scales -> floats                                  |
 | `rice_linear`      | activations, words -> the whole quantized linear layer      |
+| `rice_linear_fused`| the same with its siblings, a norm or a gate before and a residual after |
 
 A tile's layout travels as `(lattice, tile, code)`; the number of words is the last dimension of `qdata`.
 """
 
-from . import decode, encode, hadamard, linear
+from . import decode, encode, hadamard, linear, linear_fused
 
-__all__ = ["decode", "encode", "hadamard", "linear"]
+__all__ = ["decode", "encode", "hadamard", "linear", "linear_fused"]
