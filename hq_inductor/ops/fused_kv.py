@@ -128,7 +128,8 @@ def attend(
     _, heads, max_tokens, _ = k_words.shape
     kv_heads, join = k_exact.shape[1], k_layout.tile // head_dim
     group = query_heads // kv_heads
-    if query.stride(-1) != 1:
+    # rows are read 16 bytes at a time
+    if query.stride(-1) != 1 or query.data_ptr() % 16 or any(s * query.element_size() % 16 for s in query.stride()[:3]):
         query = query.contiguous()
     device = query.device
     column_blocks = -(-queries * join * group // MMA_COLUMNS)
