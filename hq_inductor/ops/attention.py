@@ -5,7 +5,9 @@ Definition.  `softmax(scale q k^T + mask) v`, softmax in fp32. Keys and values o
              Query s of S stands at position `length - S + s` and sees positions up to its own, from `start` on, of the newest
              `sliding_window`, where `mask` allows. A query that sees nothing yields zeros.
 Invariants.  No host sync. Any words, lengths and starts are read without error; corrupt ones give wrong finite numbers.
-Choice.      On a CPU, plain PyTorch over the stored tokens. On CUDA, slots are decoded to the queries' dtype for the library's attention.
+Choice.      On a CPU, plain PyTorch over the stored tokens. On CUDA the kernel that decodes while it attends
+             (`hq_inductor.ops.fused_kv.attend`), where its `unsupported` has no objection: few queries, one code for keys and values,
+             e8, masks that heads share. Otherwise slots are decoded to the queries' dtype for the library's attention.
 """
 
 from __future__ import annotations
@@ -186,6 +188,39 @@ def _kv_attention(
     return _attend_library(query, keys, values, seen, mask, scale)
 
 
+def _kv_attention_cuda(
+    query: torch.Tensor,
+    k_words: torch.Tensor,
+    v_words: torch.Tensor,
+    k_exact: torch.Tensor,
+    v_exact: torch.Tensor,
+    length: torch.Tensor,
+    start: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    scale: float,
+    sinks: int,
+    window: int,
+    sliding_window: int,
+    lattice: str,
+    tile: int,
+    k_code: int,
+    v_code: int,
+    dither: str | None = None,
+    k_seed: int = 0,
+    v_seed: int = 0,
+) -> torch.Tensor:
+    from .fused_kv import attend, unsupported  # Triton is there on Linux only, and takes its time to import
+
+    layouts = (lattice, tile, k_code, v_code, dither)
+    stored = (k_words, v_words, k_exact, v_exact)
+    k_layout, v_layout = _check_attention(query, *stored, length, start, mask, sinks, window, sliding_window, *layouts)
+    if dither is None and all(tensor.is_contiguous() for tensor in stored):
+        wide = None if mask is None else mask.expand(-1, -1, query.shape[2], -1)
+        if unsupported(query, k_words, k_exact, wide, k_layout, v_layout) is None:
+            return attend(query, *stored, length, start, wide, scale, sinks, window, sliding_window, k_layout, v_layout)
+    return _kv_attention(query, *stored, length, start, mask, scale, sinks, window, sliding_window, *layouts, k_seed, v_seed)
+
+
 def _kv_attention_fake(
     query,
     k_words,
@@ -218,5 +253,5 @@ register(
     "str? dither=None, int k_seed=0, int v_seed=0) -> Tensor",
     _kv_attention_fake,
     CPU=_kv_attention,
-    CUDA=_kv_attention,
+    CUDA=_kv_attention_cuda,
 )
