@@ -4,9 +4,11 @@ Definition.  `y = RHT(x * act_pre_scale) W_r^T + bias`, W_r the dequantized rota
              `W = RHT^-1(W_r) * act_pre_scale`. Products are accumulated in fp32; `mma` (`hq_inductor.format.mma`) says what their
              operands are rounded to.
 Choice.      On a CPU the operands of `"auto"` and `"bf16"` are not rounded (fp32, or fp64 for fp64 activations), and other formats are
-             emulated. On CUDA, `"int8"` is the fused kernel. `"auto"` is the fused kernel for half-precision batches up to
-             `FUSED_BATCH`, else `"bf16"`: the weight decoded to the activations' dtype for a library product. `"fp8"` decodes to e4m3
-             for one. nvfp4 and mxfp4 are emulated: rounded as the formats round, multiplied in the activations' dtype.
+             emulated. On CUDA, `"int8"` is the fused kernel for batches up to `FUSED_BATCH`, which decodes into the operands of the
+             tensor cores; larger ones decode to int8 codes for a product of our own, which scales tile by tile. `"auto"` is `"int8"` for
+             half-precision batches below `LIBRARY_BATCH`, else `"bf16"`: the weight decoded to the activations' dtype for a library
+             product. `"fp8"` decodes to e4m3 for one. nvfp4 and mxfp4 are emulated: rounded as the formats round, multiplied in the
+             activations' dtype.
 Gradients.   For `x` and `bias`; the weight is frozen. Backward decodes again instead of saving a dequantized weight.
 """
 
@@ -17,10 +19,10 @@ import torch.nn.functional as F
 
 from ..format.hadamard import hadamard_block, hadamard_ref
 from ..format.lattice import embed
-from ..format.layout import TileLayout, scale_from_code
-from ..format.mma import E4M3_MAX, check_mma, fp8_scale, round_operands
+from ..format.layout import TileLayout
+from ..format.mma import check_mma, round_operands
 from .decode import decode_words
-from .launch import FUSED_BATCH, fp8_products
+from .launch import FUSED_BATCH, LIBRARY_BATCH, fp8_products
 from .registry import LIBRARY, NAMESPACE, check_floating, check_qdata, register
 
 # rows are decoded in blocks of about this many weights: a float copy of a block stays small beside the packed weight
@@ -105,7 +107,14 @@ def _rice_linear_cuda(
     seed: int,
     mma: str = "auto",
 ) -> torch.Tensor:
-    from .fused import decode, int8_linear, rotate  # Triton is there on Linux only, and takes its time to import
+    from .fused import (
+        decode,
+        int8_linear,
+        int8_matmul,
+        rotate,
+        rotate_fp8,
+        rotate_int8,
+    )  # Triton is there on Linux only, and takes its time to import
 
     layout = check_qdata(qdata, lattice, tile, code)
     _check(x, qdata, act_pre_scale, layout, x.shape[-1])
@@ -118,30 +127,24 @@ def _rice_linear_cuda(
     if flat.stride(-1) != 1:
         flat = flat.contiguous()
     batch = flat.shape[0]
-    if mma == "int8" or (mma == "auto" and x.dtype != torch.float32 and batch <= FUSED_BATCH):
-        out = int8_linear(flat, qdata, act_pre_scale, bias, layout, seed)
+    if mma == "int8" or (mma == "auto" and x.dtype != torch.float32 and batch < LIBRARY_BATCH):
+        if batch <= FUSED_BATCH:
+            out = int8_linear(flat, qdata, act_pre_scale, bias, layout, seed)
+        else:
+            codes, scale = decode(qdata, layout, torch.int8)
+            out = int8_matmul(*rotate_int8(flat, act_pre_scale, layout, tiles, seed), codes, scale, bias, x.dtype)
         return out.view(*x.shape[:-1], rows)
     # library products want all of one dtype; the other paths take any
     bias = None if bias is None else bias.to(x.dtype)
     if mma == "fp8" and fp8_products(x.device) and rows % 16 == 0 and batch > 0 and x.dtype == torch.bfloat16:
-        rotated = rotate(flat, act_pre_scale, layout, tiles, seed, torch.float32)
-        x_scale = fp8_scale(rotated)
-        # the largest code of a row is not looked for: codes reach at most this
-        row_scale = decode_row_scale(qdata, layout)
-        weight, _ = decode(qdata, layout, torch.float8_e4m3fn, row_scale)
-        x8 = (rotated / x_scale[:, None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-        out = torch._scaled_mm(x8, weight.t(), scale_a=x_scale[:, None], scale_b=row_scale[None], bias=bias, out_dtype=x.dtype)
+        activations, x_scale = rotate_fp8(flat, act_pre_scale, layout, tiles, seed)
+        weight, row_scale = decode(qdata, layout, torch.float8_e4m3fn, row_scale=True)
+        out = torch._scaled_mm(activations, weight.t(), scale_a=x_scale[:, None], scale_b=row_scale[None], bias=bias, out_dtype=x.dtype)
     else:
         weight, _ = decode(qdata, layout, x.dtype)
         activations, weight = round_operands(rotate(flat, act_pre_scale, layout, tiles, seed, x.dtype), weight, mma, tile)
         out = F.linear(activations, weight, bias)
     return out.view(*x.shape[:-1], rows)
-
-
-def decode_row_scale(qdata: torch.Tensor, layout: TileLayout) -> torch.Tensor:
-    """Scale `[N]` fp32 that brings every value a row of tiles can hold into e4m3's range, from the tiles' headers."""
-    scale = scale_from_code((qdata[:, :, layout.raw_words] >> 20) & 0xFFF)
-    return scale.amax(1) * (layout.largest_value / E4M3_MAX)
 
 
 def _rice_linear_fake(x, qdata, act_pre_scale, bias, lattice, tile, code, seed, mma="auto"):

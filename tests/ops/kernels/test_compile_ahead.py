@@ -15,8 +15,10 @@ from hq_inductor.format.rates import weight_layout  # noqa: E402
 from hq_inductor.ops.kernels.activations import rotate_kernel, rotate_quantize_kernel  # noqa: E402
 from hq_inductor.ops.kernels.decode import decode_kernel  # noqa: E402
 from hq_inductor.ops.kernels.linear import linear_kernel  # noqa: E402
+from hq_inductor.ops.kernels.matmul import int8_matmul_kernel  # noqa: E402
+from hq_inductor.ops.kernels.rows import fp8_scale_kernel, rotate_fp8_kernel, rotate_int8_kernel  # noqa: E402
 from hq_inductor.ops.kernels.shared import row_bytes  # noqa: E402
-from hq_inductor.ops.launch import REGISTERS, TIGHT_REGISTERS  # noqa: E402
+from hq_inductor.ops.launch import REGISTERS, TIGHT_REGISTERS, matmul_launch  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -69,21 +71,22 @@ def layout_constants(lattice: str, bps: float, plain: bool = False) -> tuple[dic
 
 
 @pytest.mark.parametrize(
-    ("capability", "lattice", "bps", "columns", "registers"),
+    ("capability", "lattice", "bps", "columns", "registers", "siblings"),
     [
-        (80, "e8", 4.0, 8, TIGHT_REGISTERS),
-        (90, "e8", 4.0, 8, TIGHT_REGISTERS),
-        (100, "e8", 4.0, 8, TIGHT_REGISTERS),
-        (90, "e8", 4.0, 8, REGISTERS[8]),
-        (90, "e8", 4.0, 32, REGISTERS[32]),
-        (90, "e8", 3.5, 8, REGISTERS[8]),
-        (90, "d4", 3.0, 8, REGISTERS[8]),
-        (90, "e8", 2.0, 8, REGISTERS[8]),
+        (80, "e8", 4.0, 8, TIGHT_REGISTERS, 1),
+        (90, "e8", 4.0, 8, TIGHT_REGISTERS, 3),
+        (100, "e8", 4.0, 8, TIGHT_REGISTERS, 1),
+        (90, "e8", 4.0, 8, REGISTERS[8], 1),
+        (90, "e8", 4.0, 32, REGISTERS[32], 4),
+        (90, "e8", 3.5, 8, REGISTERS[8], 1),
+        (90, "d4", 3.0, 8, REGISTERS[8], 2),
+        (90, "e8", 2.0, 8, REGISTERS[8], 1),
     ],
 )
-def test_linear(capability, lattice, bps, columns, registers, tmp_path):
+def test_linear(capability, lattice, bps, columns, registers, siblings, tmp_path):
     constants, num_warps = layout_constants(lattice, bps)
     constants |= {"COLUMNS": columns, "SPLIT": True, "HAS_BIAS": True, "NUM_WARPS": num_warps, "PDL": capability >= 90}
+    constants |= {"HAS_RESIDUAL": True, "SIBLINGS": siblings}
     pointers = {
         "words_ptr": "*i32",
         "table_ptr": "*i32",
@@ -95,8 +98,15 @@ def test_linear(capability, lattice, bps, columns, registers, tmp_path):
         "counter_ptr": "*i32",
     }
     scalars = dict.fromkeys(("M", "M_PAD", "N", "tiles"), "i32")
+    residual = {"residual_ptr": "*bf16", "stride_residual": "i32"}
+    others = dict.fromkeys(("words1_ptr", "words2_ptr", "words3_ptr"), "*i32") | dict.fromkeys(
+        ("bias1_ptr", "bias2_ptr", "bias3_ptr"), "*bf16"
+    )
+    others |= dict.fromkeys(("N1", "N2", "N3"), "i32")
     options = {"maxnreg": registers} if registers else {}
-    sass, used, shared = compile_ahead(linear_kernel, {**pointers, **scalars}, constants, capability, num_warps, tmp_path, **options)
+    sass, used, shared = compile_ahead(
+        linear_kernel, {**pointers, **scalars, **residual, **others}, constants, capability, num_warps, tmp_path, **options
+    )
     tiles_loop = loop_of(sass, "IMMA")
     assert tiles_loop.count("IMMA") >= columns // 8 * 4
     spills = tiles_loop.count("LDL") + tiles_loop.count("STL")
@@ -106,14 +116,16 @@ def test_linear(capability, lattice, bps, columns, registers, tmp_path):
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("out", ["i8", "bf16", "fp32"])
+@pytest.mark.parametrize("out", ["i8", "fp8e4nv", "bf16", "fp32"])
 def test_decode(capability, out, tmp_path):
+    if capability < 89 and out == "fp8e4nv":
+        pytest.skip("no fp8 tensor cores")
     constants, num_warps = layout_constants("e8", 4.0, plain=True)
-    constants |= {"CODES": out == "i8", "ROW_SCALE": False, "NUM_WARPS": num_warps}
+    constants |= {"CODES": out == "i8", "ROW_SCALE": out == "fp8e4nv", "LARGEST": 64.0, "NUM_WARPS": num_warps}
     signature = {"words_ptr": "*i32", "table_ptr": "*i32", "row_scale_ptr": "*fp32", "out_ptr": f"*{out}", "scale_ptr": "*fp32"}
     sass, _, _ = compile_ahead(decode_kernel, {**signature, "N": "i32", "tiles": "i32"}, constants, capability, num_warps, tmp_path)
     assert "LDL" not in sass and "STL" not in sass, "spilled registers"
-    assert ("STG.E.64" if out == "i8" else "STG.E.128") in sass
+    assert ("STG.E.64" if out in ("i8", "fp8e4nv") else "STG.E.128") in sass
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
@@ -131,3 +143,53 @@ def test_rotate(capability, tmp_path):
     signature = {"x_ptr": "*bf16", "pre_scale_ptr": "*bf16", "out_ptr": "*bf16", "in_features": "i32", "stride_xm": "i32", "tiles": "i32"}
     sass, _, _ = compile_ahead(rotate_kernel, signature, constants, capability, 1, tmp_path)
     assert "LDL" not in sass and "STL" not in sass, "spilled registers"
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_rotate_int8(capability, tmp_path):
+    constants = {"TILE": 512, "BLOCK": 512, "PARTS": 1, "SEED": 0, "HAS_SCALE": True, "LATTICE": "e8"}
+    signature = {"x_ptr": "*bf16", "pre_scale_ptr": "*bf16", "q_ptr": "*i8", "scale_ptr": "*fp32"}
+    scalars = dict.fromkeys(("in_features", "stride_xm", "tiles"), "i32")
+    sass, _, _ = compile_ahead(rotate_int8_kernel, {**signature, **scalars}, constants, capability, 1, tmp_path)
+    assert "LDL" not in sass and "STL" not in sass, "spilled registers"
+
+
+@pytest.mark.parametrize("capability", [90, 100])
+def test_rotate_fp8(capability, tmp_path):
+    signature = {"x_ptr": "*bf16", "pre_scale_ptr": "*bf16", "q_ptr": "*fp8e4nv", "scale_ptr": "*fp32"}
+    scalars = dict.fromkeys(("in_features", "stride_xm", "tiles"), "i32")
+    constants = {"TILE": 384, "BLOCK": 128, "PARTS": 4, "SEED": 0, "HAS_SCALE": True}
+    sass, _, _ = compile_ahead(rotate_fp8_kernel, {**signature, **scalars}, constants, capability, 1, tmp_path)
+    assert "LDL" not in sass and "STL" not in sass, "spilled registers"
+    del signature["q_ptr"]
+    constants = {"TILE": 384, "PADDED": 512, "HAS_SCALE": True}
+    sass, _, _ = compile_ahead(fp8_scale_kernel, {**signature, **scalars}, constants, capability, 4, tmp_path)
+    assert "LDL" not in sass and "STL" not in sass, "spilled registers"
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("batch", [64, 4096])
+def test_int8_matmul(capability, batch, tmp_path):
+    launch = matmul_launch(batch, 4096, 8, 132)
+    constants = {
+        "TILE": 512,
+        "HAS_BIAS": True,
+        "BLOCK_M": launch.block_m,
+        "BLOCK_N": launch.block_n,
+        "BLOCK_K": launch.block_k,
+        "GROUP_M": 8,
+    }
+    signature = {
+        "x_ptr": "*i8",
+        "act_scale_ptr": "*fp32",
+        "codes_ptr": "*i8",
+        "scale_ptr": "*fp32",
+        "bias_ptr": "*bf16",
+        "out_ptr": "*bf16",
+    }
+    scalars = dict.fromkeys(("M", "N", "tiles"), "i32")
+    sass, _, _ = compile_ahead(
+        int8_matmul_kernel, {**signature, **scalars}, constants, capability, launch.num_warps, tmp_path, num_stages=launch.stages
+    )
+    assert "IMMA" in sass or "IGMMA" in sass or "UTC" in sass
+    assert sass.count("LDL") + sass.count("STL") <= sass.count(";") // 50
