@@ -9,11 +9,22 @@ import triton
 
 from ..format.hadamard import hadamard_block
 from ..format.layout import TileLayout
-from .kernels.activations import rotate_kernel, rotate_quantize_kernel, row_statistics_kernel
+from .kernels.activations import fp8_scale_kernel, rotate_kernel, rotate_quantize_kernel, row_statistics_kernel
 from .kernels.decode import decode_kernel
 from .kernels.linear import linear_kernel
+from .kernels.matmul import int8_matmul_kernel
 from .kernels.shared import row_bytes
-from .launch import WARP_ROWS, LinearLaunch, decode_warps, dependent_launch, linear_launch, multiprocessors
+from .launch import (
+    WARP_ROWS,
+    LinearLaunch,
+    MatmulLaunch,
+    decode_parts,
+    decode_warps,
+    dependent_launch,
+    linear_launch,
+    matmul_launch,
+    multiprocessors,
+)
 from .prologue import NO_PROLOGUE, NORMS, Prologue
 
 
@@ -101,34 +112,90 @@ def rotate(
     seed: int,
     dtype: torch.dtype,
     prologue: Prologue = NO_PROLOGUE,
-) -> torch.Tensor:
-    """`RHT(prologue(x) * act_pre_scale)`, `[M, tiles * tile]` in `dtype`, of `[M, in_features]` with contiguous rows; missing columns
-    are zeros."""
-    out = torch.empty((x.shape[0], tiles * layout.tile), dtype=dtype, device=x.device)
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Rotated activations of large batches.
+
+    Args:
+        x: `[M, in_features]`, last dimension contiguous; missing columns are zeros.
+        dtype: a floating point dtype, float8_e4m3fn or int8.
+        prologue: as for `rotate_quantize`.
+
+    Returns:
+        `[M, tiles * tile]` in `dtype`, and fp32 scales: `[tiles, M]` of int8, `[M]` of e4m3, else None.
+    """
+    batch, features = x.shape
+    out = torch.empty((batch, tiles * layout.tile), dtype=dtype, device=x.device)
+    fp8 = dtype == torch.float8_e4m3fn
+    scale = None
+    if fp8 or dtype == torch.int8:
+        scale = torch.empty(batch if fp8 else (tiles, batch), dtype=torch.float32, device=x.device)
     if out.numel() == 0:
-        return out
+        return out, scale
     statistics, gate = x, x if prologue.gate is None else prologue.gate
     if prologue.name in NORMS:
-        statistics = torch.empty((x.shape[0], 2), dtype=torch.float32, device=x.device)
-        row_statistics_kernel[(x.shape[0],)](
-            x, statistics, x.shape[1], x.stride(0), prologue.eps, PROLOGUE=prologue.name, ALIGNED=_aligned_rows(x), num_warps=4
+        statistics = torch.empty((batch, 2), dtype=torch.float32, device=x.device)
+        row_statistics_kernel[(batch,)](
+            x, statistics, features, x.stride(0), prologue.eps, PROLOGUE=prologue.name, ALIGNED=_aligned_rows(x), num_warps=4
         )
-    rotate_kernel[(x.shape[0], tiles)](
-        x,
-        gate,
-        _vector(prologue.weight, x),
-        _vector(prologue.bias, x),
-        statistics,
-        _vector(act_pre_scale, x),
-        out,
-        x.shape[1],
-        x.stride(0),
-        gate.stride(0),
-        tiles,
-        **_rotation(layout, act_pre_scale, seed, prologue),
-        ALIGNED=_aligned_rows(x, gate),
-        num_warps=1,
+    pointers = (x, gate, _vector(prologue.weight, x), _vector(prologue.bias, x), statistics, _vector(act_pre_scale, x))
+    scalars = (features, x.stride(0), gate.stride(0), tiles)
+    rotation = _rotation(layout, act_pre_scale, seed, prologue)
+    aligned = _aligned_rows(x, gate)
+    if fp8:
+        kept = {key: value for key, value in rotation.items() if key not in ("BLOCK", "PARTS", "SEED")}
+        padded = triton.next_power_of_2(layout.tile)
+        fp8_scale_kernel[(batch,)](*pointers, scale, *scalars, **kept, PADDED=padded, ALIGNED=aligned, num_warps=1 if batch >= 1024 else 4)
+    rotate_kernel[(batch, tiles)](
+        *pointers, out, x if scale is None else scale, *scalars, **rotation, LATTICE=layout.lattice, ALIGNED=aligned, num_warps=1
     )
+    return out, scale
+
+
+def int8_matmul(
+    x: torch.Tensor,
+    act_scale: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    launch: MatmulLaunch | None = None,
+) -> torch.Tensor:
+    """`[M, N]` in `dtype` from `rotate` and `decode`.
+
+    Args:
+        x: `[M, K]` int8, with scales `act_scale`, `[tiles, M]` fp32.
+        codes: `[N, K]` int8, with scales `scale`, `[N, tiles]` fp32.
+        bias: `[N]` or None.
+    """
+    (batch, columns), (rows, tiles) = x.shape, scale.shape
+    launch = launch or matmul_launch(batch, rows, tiles, multiprocessors(x.device))
+    split = launch.splits > 1
+    shape = (launch.splits, batch, rows) if split else (batch, rows)
+    out = torch.empty(shape, dtype=torch.float32 if split else dtype, device=x.device)
+    if out.numel() == 0:
+        return out.sum(0).to(dtype) if split else out
+    int8_matmul_kernel[(-(-batch // launch.block_m) * -(-rows // launch.block_n), launch.splits)](
+        x,
+        act_scale,
+        codes,
+        scale,
+        out if bias is None else bias.contiguous(),
+        out,
+        batch,
+        rows,
+        tiles,
+        TILE=columns // tiles,
+        HAS_BIAS=bias is not None and not split,
+        BLOCK_M=launch.block_m,
+        BLOCK_N=launch.block_n,
+        BLOCK_K=launch.block_k,
+        GROUP_M=8,
+        num_warps=launch.num_warps,
+        num_stages=launch.stages,
+    )
+    if split:
+        out = out.sum(0)
+        return (out if bias is None else out + bias).to(dtype)
     return out
 
 
@@ -283,38 +350,43 @@ def decode(
     qdata: torch.Tensor,
     layout: TileLayout,
     dtype: torch.dtype,
-    row_scale: torch.Tensor | None = None,
+    row_scale: bool = False,
     out: torch.Tensor | None = None,
+    parts: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Decode a weight.
 
     Args:
         qdata: `[N, tiles, words]` int32.
         dtype: int8 for codes; or of the rotated weight: fp32, bf16, fp16 or float8_e4m3fn.
-        row_scale: `[N]` fp32, which the rotated weight is divided by.
+        row_scale: divide each row by a scale that brings what its tiles can hold into the range of e4m3.
         out: where to write it, contiguous, or None.
+        parts: blocks that share the tiles of a row; None chooses.
 
     Returns:
-        `[N, tiles * tile]`, and for codes the scales `[N, tiles]` fp32.
+        `[N, tiles * tile]`, and for codes the scales `[N, tiles]`, for `row_scale` the scales `[N]`, fp32.
     """
     rows, tiles, words = qdata.shape
     codes = dtype == torch.int8
     if out is None:
         out = torch.empty((rows, tiles * layout.tile), dtype=dtype, device=qdata.device)
-    scale = torch.empty((rows, tiles), dtype=torch.float32, device=qdata.device) if codes else None
+    scale = None
+    if codes or row_scale:
+        scale = torch.empty((rows, tiles) if codes else rows, dtype=torch.float32, device=qdata.device)
     if out.numel() == 0:
         return out, scale
     buffer_bytes = row_bytes(layout.stream_words) if qdata.is_cuda else 0
     num_warps = decode_warps(buffer_bytes)
     blocks = -(-rows // (WARP_ROWS * num_warps))
-    parts = min(tiles, max(1, -(-4 * multiprocessors(qdata.device) // blocks))) if qdata.is_cuda else 1
+    if parts is None:
+        parts = decode_parts(blocks, tiles, multiprocessors(qdata.device)) if qdata.is_cuda else 1
     placeholder = qdata
     decode_kernel[(blocks, parts)](
         qdata,
         layout.kernel_tables(qdata.device, plain=True),
-        placeholder if row_scale is None else row_scale,
+        scale if row_scale else placeholder,
         out,
-        placeholder if scale is None else scale,
+        scale if codes else placeholder,
         rows,
         tiles,
         LATTICE=layout.lattice,
@@ -328,7 +400,8 @@ def decode(
         ALIGNED=_aligned(layout),
         ROW_BYTES=buffer_bytes,
         CODES=codes,
-        ROW_SCALE=row_scale is not None,
+        ROW_SCALE=row_scale,
+        LARGEST=layout.largest_value,
         NUM_WARPS=num_warps,
         num_warps=num_warps,
         num_stages=1,

@@ -4,9 +4,11 @@ Definition.  `y = RHT(x * act_pre_scale) W_r^T + bias`, W_r the dequantized rota
              `W = RHT^-1(W_r) * act_pre_scale`. Products are accumulated in fp32; `mma` (`hq_inductor.format.mma`) says what their
              operands are rounded to.
 Choice.      On a CPU the operands of `"auto"` and `"bf16"` are not rounded (fp32, or fp64 for fp64 activations), and other formats are
-             emulated. On CUDA, `"int8"` is the fused kernel. `"auto"` is the fused kernel for half-precision batches up to
-             `FUSED_BATCH`, else `"bf16"`: the weight decoded to the activations' dtype for a library product. `"fp8"` decodes to e4m3
-             for one. nvfp4 and mxfp4 are emulated: rounded as the formats round, multiplied in the activations' dtype.
+             emulated. On CUDA, `"int8"` is the fused kernel for batches up to `FUSED_BATCH`, which decodes into the operands of the
+             tensor cores; larger ones decode to int8 codes for a product of our own, which scales tile by tile. `"auto"` is `"int8"` for
+             half-precision batches below `LIBRARY_BATCH`, else `"bf16"`: the weight decoded to the activations' dtype for a library
+             product. `"fp8"` decodes to e4m3 for one. nvfp4 and mxfp4 are emulated: rounded as the formats round, multiplied in the
+             activations' dtype.
 Gradients.   For `x` and `bias`; the weight is frozen. Backward decodes again instead of saving a dequantized weight.
 """
 
@@ -17,10 +19,10 @@ import torch.nn.functional as F
 
 from ..format.hadamard import hadamard_block, hadamard_ref
 from ..format.lattice import embed
-from ..format.layout import TileLayout, scale_from_code
-from ..format.mma import E4M3_MAX, check_mma, fp8_scale, round_operands
+from ..format.layout import TileLayout
+from ..format.mma import check_mma, round_operands
 from .decode import decode_words
-from .launch import FUSED_BATCH, fp8_products
+from .launch import FUSED_BATCH, LIBRARY_BATCH, fp8_products
 from .prologue import NO_PROLOGUE, Prologue
 from .registry import LIBRARY, NAMESPACE, check_floating, check_qdata, register, traced
 
@@ -108,7 +110,7 @@ def rows_of(x: torch.Tensor) -> torch.Tensor:
 
 def takes_fused_kernel(mma: str, dtype: torch.dtype, batch: int) -> bool:
     """Whether the fused CUDA kernel multiplies `batch` rows of activations."""
-    return mma == "int8" or (mma == "auto" and dtype != torch.float32 and batch <= FUSED_BATCH)
+    return batch <= FUSED_BATCH and (mma == "int8" or (mma == "auto" and dtype != torch.float32))
 
 
 def _rice_linear_cuda(
@@ -148,29 +150,32 @@ def library_linear(
     mma: str,
     prologue: Prologue = NO_PROLOGUE,
 ) -> torch.Tensor:
-    """On CUDA, `[M, sum N]` for activations `[M, K]`: rotate once, decode the siblings one below the other, one library product."""
-    from .fused import decode, rotate
+    """On CUDA, `[M, sum N]` for activations `[M, K]`: rotate once, decode the siblings one below the other, one product."""
+    from .fused import decode, int8_matmul, rotate
 
-    rows, tiles = [q.shape[0] for q in qdata], qdata[0].shape[1]
+    rows, tiles, batch = [q.shape[0] for q in qdata], qdata[0].shape[1], x.shape[0]
     # a scale of nvfp4 is the whole weight's, so siblings cannot be rounded as one
     if mma == "nvfp4" and len(qdata) > 1:
         parts = zip(qdata, bias, layouts, strict=True)
         return torch.cat([library_linear(x, [q], act_pre_scale, [b], [layout], seed, mma, prologue) for q, b, layout in parts], 1)
     # library products want all of one dtype; the other paths take any
     joined = _join_bias(bias, rows, x)
-    fp8 = mma == "fp8" and fp8_products(x.device) and sum(rows) % 16 == 0 and x.shape[0] > 0 and x.dtype == torch.bfloat16
-    rotated = rotate(x, act_pre_scale, layouts[0], tiles, seed, torch.float32 if fp8 else x.dtype, prologue)
-    weight = torch.empty((sum(rows), rotated.shape[1]), dtype=torch.float8_e4m3fn if fp8 else x.dtype, device=x.device)
-    # the largest code of a row is not looked for: codes reach at most this
-    row_scale = [decode_row_scale(q, layout) if fp8 else None for q, layout in zip(qdata, layouts, strict=True)]
-    for q, layout, scale, out in zip(qdata, layouts, row_scale, weight.split(rows), strict=True):
-        decode(q, layout, weight.dtype, scale, out=out)
-    if not fp8:
-        rotated, weight = round_operands(rotated, weight, mma, layouts[0].tile)
-        return F.linear(rotated, weight, joined)
-    x_scale = fp8_scale(rotated)
-    x8 = (rotated / x_scale[:, None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-    return torch._scaled_mm(x8, weight.t(), scale_a=x_scale[:, None], scale_b=torch.cat(row_scale)[None], bias=joined, out_dtype=x.dtype)
+    int8 = mma == "int8" or (mma == "auto" and x.dtype != torch.float32 and batch < LIBRARY_BATCH)
+    fp8 = mma == "fp8" and fp8_products(x.device) and sum(rows) % 16 == 0 and batch > 0 and x.dtype == torch.bfloat16
+    dtype = torch.int8 if int8 else torch.float8_e4m3fn if fp8 else x.dtype
+    rotated, act_scale = rotate(x, act_pre_scale, layouts[0], tiles, seed, dtype, prologue)
+    weight = torch.empty((sum(rows), rotated.shape[1]), dtype=dtype, device=x.device)
+    scales = [
+        decode(q, layout, dtype, row_scale=fp8, out=out)[1] for q, layout, out in zip(qdata, layouts, weight.split(rows), strict=True)
+    ]
+    if int8 or fp8:
+        scale = scales[0] if len(scales) == 1 else torch.cat(scales)
+    if int8:
+        return int8_matmul(rotated, act_scale, weight, scale, joined, x.dtype)
+    if fp8:
+        return torch._scaled_mm(rotated, weight.t(), scale_a=act_scale[:, None], scale_b=scale[None], bias=joined, out_dtype=x.dtype)
+    rotated, weight = round_operands(rotated, weight, mma, layouts[0].tile)
+    return F.linear(rotated, weight, joined)
 
 
 def _join_bias(bias: list[torch.Tensor | None], rows: list[int], x: torch.Tensor) -> torch.Tensor | None:
@@ -178,12 +183,6 @@ def _join_bias(bias: list[torch.Tensor | None], rows: list[int], x: torch.Tensor
     if len(bias) == 1 or all(b is None for b in bias):
         return None if bias[0] is None else bias[0].to(x.dtype)
     return torch.cat([x.new_zeros(n) if b is None else b.to(x.dtype) for b, n in zip(bias, rows, strict=True)])
-
-
-def decode_row_scale(qdata: torch.Tensor, layout: TileLayout) -> torch.Tensor:
-    """Scale `[N]` fp32 that brings every value a row of tiles can hold into e4m3's range, from the tiles' headers."""
-    scale = scale_from_code((qdata[:, :, layout.raw_words] >> 20) & 0xFFF)
-    return scale.amax(1) * (layout.largest_value / E4M3_MAX)
 
 
 def _rice_linear_fake(x, qdata, act_pre_scale, bias, lattice, tile, code, seed, mma="auto"):

@@ -5,6 +5,10 @@ Definition.  Per row m and tile t: `r = RHT(prologue(x) * pre_scale)` (`hq_induc
              ties to even. A tile of zeros has scale 0.
 Storage.     `q`, int8 `[tiles * TILE / 64, M_PAD, 64]`: the 64 coefficients of a block stand as `[lane j][vector v % 2][8]`, so that one
              16-byte load gives a thread its B operands of two MMAs. `act_scale`, fp32 `[tiles, M_PAD]`. Rows M to M_PAD are zeros.
+             For products of large batches rows stand as they are: in a floating point dtype; as int8 with the same scales; or as e4m3 with
+             one scale per row, `max_t |r_t| / 448`, |r_t| the Euclidean norm of a tile. No coefficient exceeds its tile's norm; the
+             transform keeps the norm, so it is known before; and what it is above the largest coefficient (4 to 8 times) costs a
+             floating point format no precision.
 ALIGNED.     Features and distances of rows are multiples of 16: loads of 16 bytes.
 """
 
@@ -46,6 +50,7 @@ def round_to_even(x):
 
 # features whose statistics are taken at a time: all of a row's loads of 16 bytes that a warp can have under way
 _CHUNK = tl.constexpr(2048)
+_SMALLEST = tl.constexpr(2.0**-126)
 
 
 @triton.jit
@@ -254,6 +259,57 @@ def row_statistics_kernel(
 
 
 @triton.jit(do_not_specialize=["in_features", "tiles"])
+def fp8_scale_kernel(
+    x_ptr,  # [M, in_features], rows stride_xm apart
+    gate_ptr,  # the same, rows stride_gm apart, or anything if the prologue has no gate
+    norm_weight_ptr,  # [in_features], or anything if not HAS_WEIGHT
+    norm_bias_ptr,  # [in_features], or anything if not HAS_BIAS
+    statistics_ptr,  # [M, 2] fp32, or anything if the prologue is no norm
+    pre_scale_ptr,  # [in_features], or anything if not HAS_SCALE
+    scale_ptr,  # [M] fp32
+    in_features,
+    stride_xm,
+    stride_gm,
+    tiles,
+    TILE: tl.constexpr,
+    PADDED: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    PROLOGUE: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Program m: the scale of a row of e4m3; `PADDED` is the power of two from TILE up."""
+    if ALIGNED:
+        in_features = in_features // 16 * 16
+        stride_xm = stride_xm // 16 * 16
+        stride_gm = stride_gm // 16 * 16
+    m = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, PADDED)
+    mean = 0.0
+    inverse_deviation = 1.0
+    if PROLOGUE == "rms_norm" or PROLOGUE == "rms_norm_cast" or PROLOGUE == "layer_norm":
+        mean = tl.load(statistics_ptr + 2 * m)
+        inverse_deviation = tl.load(statistics_ptr + 2 * m + 1)
+    row_ptr = x_ptr + m * stride_xm
+    gate_row_ptr = gate_ptr + m * stride_gm
+    scale = tl.full([], _SMALLEST, tl.float32)
+    for t in range(tiles):
+        column = t * TILE + place
+        mask = (place < TILE) & (column < in_features)
+        x = load_activations(
+            row_ptr, gate_row_ptr, norm_weight_ptr, norm_bias_ptr, mean, inverse_deviation, column, mask, PROLOGUE, HAS_WEIGHT, HAS_BIAS
+        )
+        if HAS_SCALE:
+            x = x * tl.load(pre_scale_ptr + column, mask=mask, other=0.0).to(tl.float32)
+        # squares of large elements would overflow
+        peak = tl.maximum(tl.max(tl.abs(x), 0), _SMALLEST)
+        x = x / peak
+        scale = tl.maximum(scale, tl.sqrt(tl.sum(x * x, 0)) * (peak / 448.0))
+    tl.store(scale_ptr + m, scale)
+
+
+@triton.jit(do_not_specialize=["in_features", "tiles"])
 def rotate_kernel(
     x_ptr,  # [M, in_features], rows stride_xm apart
     gate_ptr,  # the same, rows stride_gm apart, or anything if the prologue has no gate
@@ -262,6 +318,7 @@ def rotate_kernel(
     statistics_ptr,  # [M, 2] fp32, or anything if the prologue is no norm
     pre_scale_ptr,  # [in_features], or anything if not HAS_SCALE
     out_ptr,  # [M, tiles * TILE]
+    scale_ptr,  # int8: [tiles, M] fp32, written; e4m3: [M] fp32, read; else anything
     in_features,
     stride_xm,
     stride_gm,
@@ -274,9 +331,11 @@ def rotate_kernel(
     PROLOGUE: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    LATTICE: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Program (m, t): the rotation alone of one tile of one row, in the dtype of `out`."""
+    """Program (m, t): one tile of one row, in plain order and the dtype of `out`."""
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     if ALIGNED:
         in_features = in_features // 16 * 16
         stride_xm = stride_xm // 16 * 16
@@ -307,4 +366,12 @@ def rotate_kernel(
         HAS_WEIGHT,
         HAS_BIAS,
     )
-    tl.store(out_ptr + m * (tiles * TILE) + column, r.to(out_ptr.dtype.element_ty), mask=inside)
+    if DTYPE == tl.int8:
+        if LATTICE == "a2":
+            r = tl.where(column % 2 == 0, r * 1.7320508075688772, r)
+        largest = tl.max(tl.max(tl.abs(r), 1), 0)
+        r = round_to_even(r * tl.where(largest > 0, 127.0 / largest, 0.0))
+        tl.store(scale_ptr + t * tl.num_programs(0) + m, largest / 127.0)
+    elif DTYPE == tl.float8e4nv:
+        r = tl.minimum(tl.maximum(r * (1.0 / tl.load(scale_ptr + m)), -448.0), 448.0)
+    tl.store(out_ptr + m * (tiles * TILE) + column, r.to(DTYPE), mask=inside)

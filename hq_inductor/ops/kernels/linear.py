@@ -20,29 +20,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .bits import INTERPRETED
 from .shared import TABLE_BYTES, commit_copies, copy_async_4, copy_async_16, declare_shared, wait_copies
 from .tile import decode_vector, first_cursor, first_words, load_raw, next_quads, read_header, restore_signs, stream_word
+from .warp import mma_s8
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 if INTERPRETED:
-
-    @triton.jit
-    def _byte(x, i: tl.constexpr):
-        return (x << (24 - 8 * i)) >> 24
-
-    @triton.jit
-    def _mma(c0, c1, c2, c3, a0, a1, a2, a3, b0, b1, NUM_WARPS: tl.constexpr):
-        shape: tl.constexpr = [NUM_WARPS, 8, 1, 4]
-        upper = tl.zeros([NUM_WARPS, 8, 8], tl.int32)
-        lower = tl.zeros([NUM_WARPS, 8, 8], tl.int32)
-        for i in tl.static_range(4):
-            x0 = tl.reshape(_byte(b0, i), [NUM_WARPS, 1, 8, 4])
-            x1 = tl.reshape(_byte(b1, i), [NUM_WARPS, 1, 8, 4])
-            upper += tl.sum(tl.reshape(_byte(a0, i), shape) * x0 + tl.reshape(_byte(a2, i), shape) * x1, 3)
-            lower += tl.sum(tl.reshape(_byte(a1, i), shape) * x0 + tl.reshape(_byte(a3, i), shape) * x1, 3)
-        d0, d1 = tl.split(tl.reshape(upper, [32 * NUM_WARPS, 2]))
-        d2, d3 = tl.split(tl.reshape(lower, [32 * NUM_WARPS, 2]))
-        return c0 + d0, c1 + d1, c2 + d2, c3 + d3
 
     @triton.jit
     def _count_in(pointer, lane, NUM_WARPS: tl.constexpr):
@@ -56,17 +39,6 @@ if INTERPRETED:
         return tl.load(pointer), tl.load(pointer + 1), tl.load(pointer + 2), tl.load(pointer + 3)
 
 else:
-
-    @triton.jit
-    def _mma(c0, c1, c2, c3, a0, a1, a2, a3, b0, b1, NUM_WARPS: tl.constexpr):
-        return tl.inline_asm_elementwise(
-            "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
-            "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r",
-            [a0, a1, a2, a3, b0, b1, c0, c1, c2, c3],
-            (tl.int32, tl.int32, tl.int32, tl.int32),
-            is_pure=True,
-            pack=1,
-        )
 
     @triton.jit
     def _count_in(pointer, lane, NUM_WARPS: tl.constexpr):
@@ -139,7 +111,7 @@ def load_tables(table_ptr, address, thread, NUM_WARPS: tl.constexpr):
 
 
 @triton.jit
-def _load_chunks(words, tile_ptr, j, FIRST: tl.constexpr, LAST: tl.constexpr):
+def load_chunks(words, tile_ptr, j, FIRST: tl.constexpr, LAST: tl.constexpr):
     """`words` and the raw words 4 FIRST to 4 LAST of lane `j`."""
     for c in tl.static_range(FIRST, LAST):
         words = words + _load_16(tile_ptr + 16 * c + 4 * j)
@@ -201,8 +173,8 @@ def _multiply_group(
                 else:
                     b0, b1, b2, b3 = _load_16(x_ptr + x_lane + b * 512)
                 s0, s1, s2, s3 = sums[4 * b], sums[4 * b + 1], sums[4 * b + 2], sums[4 * b + 3]
-                s0, s1, s2, s3 = _mma(s0, s1, s2, s3, held0, held1, held2, held3, b0, b1, NUM_WARPS)
-                updated = updated + _mma(s0, s1, s2, s3, a0, a1, a2, a3, b2, b3, NUM_WARPS)
+                s0, s1, s2, s3 = mma_s8(s0, s1, s2, s3, held0, held1, held2, held3, b0, b1, NUM_WARPS)
+                updated = updated + mma_s8(s0, s1, s2, s3, a0, a1, a2, a3, b2, b3, NUM_WARPS)
             sums = updated
             x_lane += x_step
     return sums, (first_u, second_u, x_u, first_v, second_v, x_v), x_lane
@@ -327,8 +299,8 @@ def linear_kernel(
     tile_u = tile_offset(strip, r, first_tile, N, tiles, WORDS)
     tile_v = tile_offset(strip, r + 8, first_tile, N, tiles, WORDS)
     if CHUNKED:
-        ahead_u = _load_chunks((), words_ptr + tile_u, j, 0, FIRST)
-        ahead_v = _load_chunks((), words_ptr + tile_v, j, 0, FIRST)
+        ahead_u = load_chunks((), words_ptr + tile_u, j, 0, FIRST)
+        ahead_v = load_chunks((), words_ptr + tile_v, j, 0, FIRST)
     else:
         ahead_u = load_raw(words_ptr + tile_u, 0, j, K, LATTICE, GROUPS)
         ahead_v = load_raw(words_ptr + tile_v, 0, j, K, LATTICE, GROUPS)
@@ -378,13 +350,13 @@ def linear_kernel(
             for g in tl.static_range(GROUPS):
                 # what the next group needs is under way while this one is decoded
                 if g + 1 < GROUPS:
-                    words_u = _load_chunks(words_u, words_ptr + tile_u, j, (K * g + K - 1) // 4 + 1, (K * g + 2 * K - 1) // 4 + 1)
-                    words_v = _load_chunks(words_v, words_ptr + tile_v, j, (K * g + K - 1) // 4 + 1, (K * g + 2 * K - 1) // 4 + 1)
+                    words_u = load_chunks(words_u, words_ptr + tile_u, j, (K * g + K - 1) // 4 + 1, (K * g + 2 * K - 1) // 4 + 1)
+                    words_v = load_chunks(words_v, words_ptr + tile_v, j, (K * g + K - 1) // 4 + 1, (K * g + 2 * K - 1) // 4 + 1)
                 else:
                     next_u = tile_offset(strip, r, t + 1, N, tiles, WORDS)
                     next_v = tile_offset(strip, r + 8, t + 1, N, tiles, WORDS)
-                    ahead_u = _load_chunks((), words_ptr + next_u, j, 0, FIRST)
-                    ahead_v = _load_chunks((), words_ptr + next_v, j, 0, FIRST)
+                    ahead_u = load_chunks((), words_ptr + next_u, j, 0, FIRST)
+                    ahead_v = load_chunks((), words_ptr + next_v, j, 0, FIRST)
                 raw_u = ()
                 raw_v = ()
                 for w in tl.static_range(K):

@@ -15,12 +15,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .bits import INTERPRETED
+
 TABLE_BYTES = tl.constexpr(32768)
 
 
 def row_bytes(stream_words: int) -> int:
     """Bytes of a row's stream plane in a buffer, or 0 where it is too long for one."""
     return 64 if stream_words <= 16 else 128 if stream_words <= 32 else 0
+
+
+@triton.jit
+def scratch_address(scratch_ptr, thread):
+    """Address of a tensor that stands in for shared memory under the interpreter, int64 of the shape of `thread`."""
+    return scratch_ptr.to(tl.int64) + thread.to(tl.int64) * 0
 
 
 @triton.jit
@@ -31,47 +39,89 @@ def declare_shared(thread):
     )
 
 
-@triton.jit
-def load_shared(address):
-    """One int32 word per thread."""
-    return tl.inline_asm_elementwise("ld.shared.b32 $0, [$1];", "=r,r", [address], tl.int32, is_pure=False, pack=1)
+if INTERPRETED:
+    # an address is one of global memory: `scratch_address` of a tensor that stands in
 
+    @triton.jit
+    def load_shared(address):
+        return tl.load(address.to(tl.pointer_type(tl.int32)))
 
-@triton.jit
-def copy_async_16(address, pointer):
-    """Start to copy 16 bytes from global `pointer` (16-byte aligned) to shared `address`."""
-    tl.inline_asm_elementwise(
-        "cp.async.cg.shared.global [$1], [$2], 16; mov.u32 $0, $1;",
-        "=r,r,l",
-        [address, pointer.to(tl.int64)],
-        tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+    @triton.jit
+    def store_shared(address, value):
+        tl.store(address.to(tl.pointer_type(tl.int32)), value)
 
+    @triton.jit
+    def copy_async_16(address, pointer):
+        for i in tl.static_range(4):
+            store_shared(address + 4 * i, tl.load(pointer + i))
 
-@triton.jit
-def copy_async_4(address, pointer):
-    """Start to copy 4 bytes from global `pointer` to shared `address`."""
-    tl.inline_asm_elementwise(
-        "cp.async.ca.shared.global [$1], [$2], 4; mov.u32 $0, $1;",
-        "=r,r,l",
-        [address, pointer.to(tl.int64)],
-        tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+    @triton.jit
+    def copy_async_4(address, pointer):
+        store_shared(address, tl.load(pointer))
 
+    @triton.jit
+    def commit_copies(thread):
+        pass
 
-@triton.jit
-def commit_copies(thread):
-    """Close a batch of copies."""
-    tl.inline_asm_elementwise("cp.async.commit_group; mov.u32 $0, $1;", "=r,r", [thread], tl.int32, is_pure=False, pack=1)
+    @triton.jit
+    def wait_copies(thread):
+        pass
 
+    @triton.jit
+    def wait_older_copies(thread):
+        pass
 
-@triton.jit
-def wait_copies(thread):
-    """Wait for all copies of the calling warp."""
-    tl.inline_asm_elementwise(
-        "cp.async.wait_group 0; bar.warp.sync 0xffffffff; mov.u32 $0, $1;", "=r,r", [thread], tl.int32, is_pure=False, pack=1
-    )
+else:
+
+    @triton.jit
+    def load_shared(address):
+        """One int32 word per thread."""
+        return tl.inline_asm_elementwise("ld.shared.b32 $0, [$1];", "=r,r", [address], tl.int32, is_pure=False, pack=1)
+
+    @triton.jit
+    def store_shared(address, value):
+        """One int32 word per thread."""
+        tl.inline_asm_elementwise("st.shared.b32 [$1], $2; mov.u32 $0, $1;", "=r,r,r", [address, value], tl.int32, is_pure=False, pack=1)
+
+    @triton.jit
+    def copy_async_16(address, pointer):
+        """Start to copy 16 bytes from global `pointer` (16-byte aligned) to shared `address`."""
+        tl.inline_asm_elementwise(
+            "cp.async.cg.shared.global [$1], [$2], 16; mov.u32 $0, $1;",
+            "=r,r,l",
+            [address, pointer.to(tl.int64)],
+            tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+    @triton.jit
+    def copy_async_4(address, pointer):
+        """Start to copy 4 bytes from global `pointer` to shared `address`."""
+        tl.inline_asm_elementwise(
+            "cp.async.ca.shared.global [$1], [$2], 4; mov.u32 $0, $1;",
+            "=r,r,l",
+            [address, pointer.to(tl.int64)],
+            tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+    @triton.jit
+    def commit_copies(thread):
+        """Close a batch of copies."""
+        tl.inline_asm_elementwise("cp.async.commit_group; mov.u32 $0, $1;", "=r,r", [thread], tl.int32, is_pure=False, pack=1)
+
+    @triton.jit
+    def wait_copies(thread):
+        """Wait for all copies of the calling warp."""
+        tl.inline_asm_elementwise(
+            "cp.async.wait_group 0; bar.warp.sync 0xffffffff; mov.u32 $0, $1;", "=r,r", [thread], tl.int32, is_pure=False, pack=1
+        )
+
+    @triton.jit
+    def wait_older_copies(thread):
+        """Wait for all copies of the calling warp but its last batch."""
+        tl.inline_asm_elementwise(
+            "cp.async.wait_group 1; bar.warp.sync 0xffffffff; mov.u32 $0, $1;", "=r,r", [thread], tl.int32, is_pure=False, pack=1
+        )

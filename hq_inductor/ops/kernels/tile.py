@@ -191,7 +191,7 @@ def _field(x, place: tl.constexpr, target: tl.constexpr):
 
 @triton.jit
 def _half(entry, v: tl.constexpr, h: tl.constexpr, signs, raw, complement, K: tl.constexpr, SHIFT: tl.constexpr, LATTICE: tl.constexpr):
-    """Four codes; `complement` is all ones above the codes' unit for odd e8 vectors."""
+    """Four codes; for e8, whatever `complement` has set is inverted: all above the codes' unit for odd vectors."""
     unit: tl.constexpr = SHIFT - K + 1  # place of the lowest magnitude bit
     pair: tl.constexpr = 4 * (v % 2) + 2 * h
     single: tl.constexpr = pair + v // 2
@@ -218,8 +218,13 @@ def _half(entry, v: tl.constexpr, h: tl.constexpr, signs, raw, complement, K: tl
 
 
 @triton.jit
-def decode_vector(entry0, entry1, v: tl.constexpr, signs, raw, K: tl.constexpr, SHIFT: tl.constexpr, LATTICE: tl.constexpr):
-    """Codes of vector `v` (0 to 3) of a group: symbols 0 to 3 and 4 to 7, four int8 each. `signs` from `restore_signs`."""
+def decode_vector(
+    entry0, entry1, v: tl.constexpr, signs, raw, K: tl.constexpr, SHIFT: tl.constexpr, LATTICE: tl.constexpr, BIASED: tl.constexpr = False
+):
+    """Codes of vector `v` (0 to 3) of a group: symbols 0 to 3 and 4 to 7, four int8 each. `signs` from `restore_signs`.
+
+    BIASED, for e8: four uint8 that are 128 more instead, at no cost.
+    """
     complement = signs
     if LATTICE == "e8":
         unit: tl.constexpr = SHIFT - K
@@ -227,6 +232,8 @@ def decode_vector(entry0, entry1, v: tl.constexpr, signs, raw, K: tl.constexpr, 
         complement = spread_sign(raw[0] << (5 - 4 * (v % 2) - v // 2))
         if unit > 0:
             complement = complement & ((((0xFF << unit) & 0xFF) * 0x01010101) - (1 << 32))
+        if BIASED:
+            complement = complement ^ -0x7F7F7F80
     if K == 1:
         if LATTICE == "e8":
             odd = parity((entry0 ^ entry1) & (0x01010101 << SHIFT))

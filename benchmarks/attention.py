@@ -1,0 +1,169 @@
+"""Attention of one new token over the KV cache, geometry of Llama-3 8B (32 query heads, 8 of keys and values, 128 dimensions), on this GPU.
+
+Ours reads coded slots, 4 first and 64 newest tokens exact. Against `scaled_dot_product_attention` on a bf16 cache, the fastest of its
+backends, queries of a group as heads or as rows. No attention on an fp8 cache comes with torch; `fp8 bound` is half the bf16 time, what
+one would take that reads half the bytes at the same rate. Medians of CUDA-graph replays of calls that take turns on caches that do not fit
+the L2 together. python benchmarks/attention.py [--quick] [--bps 2 3 4] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from linear import copies
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+from hq_inductor.format.layout import TileLayout
+from hq_inductor.format.quantizer import quantize_tiles
+from hq_inductor.format.rates import start_rms
+from hq_inductor.format.rice import encode_tiles
+from hq_inductor.ops.fused_kv import attend
+
+QUERY_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+SINKS, WINDOW = 4, 64
+BATCHES, CONTEXTS = [1, 8, 32], [1024, 8192, 32768, 131072]
+QUICK_BATCHES, QUICK_CONTEXTS = [1, 8, 32], [1024, 32768]
+BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
+CALLS, ROUNDS = 8, 9
+
+
+def graph_of(calls: list[Callable[[], object]]) -> tuple[torch.cuda.CUDAGraph, int]:
+    """A graph in which the calls take turns, and how many there are in it."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    graph, number = torch.cuda.CUDAGraph(), max(CALLS, len(calls))
+    with torch.cuda.graph(graph):
+        for index in range(number):
+            calls[index % len(calls)]()
+    return graph, number
+
+
+def times_us(named_calls: dict[str, list[Callable[[], object]]]) -> dict[str, float]:
+    """Median microseconds per call of each name, the names taking turns; names that cannot run are left out."""
+    graphs = {}
+    for name, calls in named_calls.items():
+        try:
+            graphs[name] = graph_of(calls)
+        except RuntimeError as error:
+            if "out of memory" in str(error):
+                raise
+            torch.cuda.synchronize()
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    for _ in range(ROUNDS):
+        for name, (graph, number) in graphs.items():
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            times[name].append(begin.elapsed_time(end) * 1e3 / number)
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
+def coded(batch: int, context: int, layout: TileLayout) -> torch.Tensor:
+    """Slots `[batch, KV_HEADS, context, words]` of few random tokens in random order, which no kernel can notice."""
+    x = torch.randn(512, layout.tile, device="cuda")
+    words = encode_tiles(*quantize_tiles(x, layout, start_rms(layout.code / 8, "e8"), 0), layout)
+    return words[torch.randint(0, 512, (batch, KV_HEADS, context), device="cuda")]
+
+
+def ours(batch: int, context: int, bps: float) -> tuple[list[Callable[[], object]], int]:
+    """Calls on different caches and the bytes of one."""
+    layout = TileLayout("e8", HEAD_DIM, int(8 * bps), int(HEAD_DIM * bps) // 32)
+    query = torch.randn(batch, QUERY_HEADS, 1, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+    length = torch.tensor([context], device="cuda")
+    size = 2 * batch * KV_HEADS * (4 * context * layout.words + 2 * (SINKS + WINDOW) * HEAD_DIM)
+    calls = []
+    for _ in range(copies(size)):
+        sides = [coded(batch, context, layout) for _ in range(2)]
+        sides += [torch.randn(batch, KV_HEADS, SINKS + WINDOW, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+        arguments = (query, *sides, length, None, None, HEAD_DIM**-0.5, SINKS, WINDOW, 0, layout, layout)
+        calls.append(lambda arguments=arguments: attend(*arguments))
+    return calls, size
+
+
+def bf16(batch: int, context: int) -> tuple[dict[str, list[Callable[[], object]]], int]:
+    """By name, calls on different caches; and the bytes of one."""
+    query = torch.randn(batch, QUERY_HEADS, 1, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+    rows = query.view(batch, KV_HEADS, -1, HEAD_DIM)
+    size = 2 * 2 * batch * KV_HEADS * context * HEAD_DIM
+    caches = [torch.randn(2, batch, KV_HEADS, context, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for _ in range(copies(size))]
+
+    def call(cache, backend, folded):
+        with sdpa_kernel(backend):
+            if folded:
+                return F.scaled_dot_product_attention(rows, cache[0], cache[1])
+            return F.scaled_dot_product_attention(query, cache[0], cache[1], enable_gqa=True)
+
+    named = {}
+    for name, backend in BACKENDS.items():
+        for folded in (False, True):
+            named[f"{name} {'rows' if folded else 'gqa'}"] = [lambda c=c, b=backend, f=folded: call(c, b, f) for c in caches]
+    return named, size
+
+
+def measure(batches: list[int], contexts: list[int], rates: list[float]) -> list[dict]:
+    results = []
+    for batch in tqdm(batches, desc="batches"):
+        for context in tqdm(contexts, desc=f"batch {batch}", leave=False):
+            # both kinds of cache, and what makes the random one
+            if 6 * 2 * batch * KV_HEADS * context * HEAD_DIM > 0.9 * torch.cuda.mem_get_info()[0]:
+                continue
+            named, bytes_bf16 = bf16(batch, context)
+            sizes = {}
+            for bps in rates:
+                calls, sizes[bps] = ours(batch, context, bps)
+                named[f"ours {bps:g}"] = calls
+            results.append({"batch": batch, "context": context, "bytes": sizes, "bytes_bf16": bytes_bf16, "time_us": times_us(named)})
+            del named, calls
+            torch.cuda.empty_cache()
+    return results
+
+
+def table(results: list[dict]) -> str:
+    lines = [
+        "| batch | context | bps | ours, us | bf16, us | by | ours is | fp8 bound, us | cache, MB | GB/s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in results:
+        times = row["time_us"]
+        best, name = min((us, name) for name, us in times.items() if not name.startswith("ours"))
+        for bps, size in row["bytes"].items():
+            us = times[f"ours {bps:g}"]
+            lines.append(
+                f"| {row['batch']} | {row['context']} | {bps:g} | {us:.1f} | {best:.1f} | {name} | {best / us:.2f}x | {best / 2:.1f} "
+                f"| {size / 1e6:.1f} | {size / us / 1e3:.0f} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bps", type=float, nargs="+", default=[2.0, 3.0, 4.0])
+    parser.add_argument("--batch", type=int, nargs="+")
+    parser.add_argument("--context", type=int, nargs="+")
+    parser.add_argument("--quick", action="store_true", help="half of the contexts")
+    parser.add_argument("--json", help="write all figures to a file")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    batches = arguments.batch or (QUICK_BATCHES if arguments.quick else BATCHES)
+    contexts = arguments.context or (QUICK_CONTEXTS if arguments.quick else CONTEXTS)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; one token, {QUERY_HEADS} query heads, {KV_HEADS} of the cache")
+    results = measure(batches, contexts, arguments.bps)
+    print(table(results))
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "results": results}, file)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,290 @@
+"""Launches for the KV cache: attention that reads coded slots, and encoding of new tokens into theirs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from ..format.lattice import GRANULAR_ERROR
+from ..format.layout import TileLayout
+from ..format.on_device import on_device
+from ..format.quantizer import MAX_OVERLOAD, PRICE, check_effort
+from ..format.rates import start_rms
+from ..format.rounding import class_bits
+from .kernels.attention import attention_kernel, combine_kernel
+from .kernels.kv_encode import encode_kernel
+from .kernels.slots import buffer_bytes
+from .launch import MMA_COLUMNS, dependent_launch, multiprocessors
+
+# bytes of shared memory for slots: what the tables leave of a kernel's static share
+_BUFFERS_BYTES = 16384
+# queries beyond this many blocks of columns are better served by decoding once
+MAX_COLUMN_BLOCKS = 4
+_BLOCKS_PER_PROCESSOR = 2
+
+
+@dataclass(frozen=True)
+class AttentionLaunch:
+    """How the attention kernel is launched.
+
+    Args:
+        num_warps: warps per program, each with 16 tokens at a time.
+        splits: programs that may share the tokens of a head.
+        registers: most registers per thread, or 0 for what the compiler likes.
+    """
+
+    num_warps: int
+    splits: int
+    registers: int = 0
+
+
+def _warps(k_layout: TileLayout, v_layout: TileLayout) -> int:
+    """Most warps per program whose buffers, and whose sums, fit in shared memory; 0 if none do."""
+    per_warp = buffer_bytes(k_layout.words) + buffer_bytes(v_layout.words)
+    return next((n for n in (8, 4, 2) if n * per_warp <= _BUFFERS_BYTES and n * k_layout.tile <= 1024), 0)
+
+
+def attention_launch(units: int, max_tokens: int, processors: int, k_layout: TileLayout, v_layout: TileLayout) -> AttentionLaunch:
+    """Launch for `units` heads of slots (times blocks of columns): one wave of programs."""
+    num_warps = _warps(k_layout, v_layout)
+    wave = _BLOCKS_PER_PROCESSOR * processors * (8 // num_warps)
+    splits = max(1, min(wave // units, -(-max_tokens // (16 * num_warps))))
+    return AttentionLaunch(num_warps, splits, 128 if k_layout.tile == 128 else 255)
+
+
+def unsupported(
+    query: torch.Tensor, k_words: torch.Tensor, k_exact: torch.Tensor, mask: torch.Tensor | None, k_layout: TileLayout, v_layout: TileLayout
+) -> str | None:
+    """Why `attend` cannot take these arguments, or None if it can."""
+    head_dim, queries = query.shape[-1], query.shape[2]
+    max_tokens, kv_heads = k_words.shape[2], k_exact.shape[1]
+    if k_layout.lattice != "e8" or v_layout.lattice != "e8":
+        return f"lattice must be e8, got {k_layout.lattice} and {v_layout.lattice}"
+    if k_layout.code != v_layout.code:
+        return f"keys and values must have one code, got {k_layout.code} and {v_layout.code}"
+    if k_layout.tile not in (128, 256):
+        return f"slots must have 128 or 256 coefficients, got {k_layout.tile}"
+    if head_dim % 8 or k_layout.tile % head_dim:
+        return f"head_dim must be a multiple of 8 that divides the slot, got {head_dim}"
+    if _warps(k_layout, v_layout) == 0:
+        return f"slots are too long for shared memory, got {k_layout.words} and {v_layout.words} words"
+    if max_tokens * k_layout.words % 4 or max_tokens * v_layout.words % 4 or k_words.numel() >= 2**31:
+        return f"max_tokens must be a multiple of 4 and words fewer than 2^31, got {max_tokens} and {k_words.numel()}"
+    if k_exact.dtype not in (torch.float16, torch.bfloat16):
+        return f"exact tokens must be fp16 or bf16, got {k_exact.dtype}"
+    if -(-queries * (k_layout.tile // head_dim) * (query.shape[1] // kv_heads) // MMA_COLUMNS) > MAX_COLUMN_BLOCKS:
+        return f"{queries} queries per head are too many"
+    if mask is not None and (mask.dtype != torch.bool or mask.shape[1] != 1 or mask.stride(-1) != 1 or mask.shape[-1] < max_tokens):
+        return "mask must be bool, the same for all heads, contiguous in the last dimension, and as long as the cache"
+    return None
+
+
+def attend(
+    query: torch.Tensor,
+    k_words: torch.Tensor,
+    v_words: torch.Tensor,
+    k_exact: torch.Tensor,
+    v_exact: torch.Tensor,
+    length: torch.Tensor,
+    start: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    scale: float,
+    sinks: int,
+    window: int,
+    sliding_window: int,
+    k_layout: TileLayout,
+    v_layout: TileLayout,
+    launch: AttentionLaunch | None = None,
+) -> torch.Tensor:
+    """Attention of the newest tokens over a cache, decoded on the way into the tensor cores.
+
+    Args:
+        query: `[B, Hq, S, D]` in the basis of the keys, fp16, bf16 or fp32.
+        k_words, v_words: `[B, kv_heads / join, max_tokens, words]` int32, contiguous; join = tile / D, rounded up heads.
+        k_exact, v_exact: `[B, kv_heads, sinks + window, D]` fp16 or bf16, contiguous: position p < sinks at p, else at
+            `sinks + (p - sinks) % window`.
+        length: `[1]` int64, tokens stored; query s stands at position `length - S + s`.
+        start: `[B]` int64, first position seen, or None.
+        mask: bool `[B or 1, 1, S, >= max_tokens]`, true where seen, last dimension contiguous, or None.
+        scale: of scores.
+        sliding_window: positions that a query sees, its own included; 0: all.
+        k_layout, v_layout: of the slots; see `unsupported`.
+
+    Returns:
+        `[B, Hq, S, D]` in the basis of the values, dtype of `query`; zeros where nothing is seen.
+
+    Raises:
+        ValueError: `unsupported` gives a reason.
+
+    Note: no host sync, and a launch that does not depend on `length`.
+    """
+    reason = unsupported(query, k_words, k_exact, mask, k_layout, v_layout)
+    if reason is not None:
+        raise ValueError(reason)
+    batch, query_heads, queries, head_dim = query.shape
+    _, heads, max_tokens, _ = k_words.shape
+    kv_heads, join = k_exact.shape[1], k_layout.tile // head_dim
+    group = query_heads // kv_heads
+    # rows are read 16 bytes at a time
+    if query.stride(-1) != 1 or query.data_ptr() % 16 or any(s * query.element_size() % 16 for s in query.stride()[:3]):
+        query = query.contiguous()
+    device = query.device
+    column_blocks = -(-queries * join * group // MMA_COLUMNS)
+    units = batch * heads
+    if launch is None:
+        launch = attention_launch(units * column_blocks, max_tokens, multiprocessors(device) if query.is_cuda else 1, k_layout, v_layout)
+    splits, tile = launch.splits, k_layout.tile
+    out = torch.empty((batch, query_heads, queries, head_dim), dtype=query.dtype, device=device)
+    if out.numel() == 0:
+        return out
+    split = splits > 1
+    partial = torch.empty((units, column_blocks, splits, MMA_COLUMNS, tile), dtype=torch.float32, device=device) if split else out
+    state = torch.empty((units, column_blocks, splits, MMA_COLUMNS, 2), dtype=torch.float32, device=device) if split else out
+    # stands in for shared memory where there is none
+    scratch = k_words if query.is_cuda else torch.empty(12288, dtype=torch.int32)
+    pdl = dependent_launch(device)
+    options = {"launch_pdl": True} if pdl else {}
+    mask_strides = (mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(2)) if mask is not None else (0, 0)
+    attention_kernel[(units, splits, column_blocks)](
+        query,
+        k_words,
+        v_words,
+        k_layout.kernel_tables(device),
+        k_exact,
+        v_exact,
+        length,
+        length if start is None else start,
+        length if mask is None else mask.view(torch.int8),
+        out,
+        partial,
+        state,
+        scratch,
+        scale * math.log2(math.e),
+        queries,
+        group,
+        heads,
+        kv_heads,
+        max_tokens,
+        sinks,
+        window,
+        sliding_window,
+        *query.stride()[:3],
+        *mask_strides,
+        K=k_layout.rice_parameter,
+        SHIFT=k_layout.kernel_shift,
+        GAIN=k_layout.kernel_shift - k_layout.shift,
+        LENGTH_PLACE=k_layout.kernel_length_place,
+        TILE=tile,
+        K_WORDS=k_layout.words,
+        V_WORDS=v_layout.words,
+        WALL_UNIT=k_layout.wall_unit,
+        HEAD_DIM=head_dim,
+        JOIN=join,
+        HAS_START=start is not None,
+        HAS_MASK=mask is not None,
+        SPLIT=split,
+        NUM_WARPS=launch.num_warps,
+        PDL=pdl,
+        num_warps=launch.num_warps,
+        num_stages=1,
+        **({"maxnreg": launch.registers} if launch.registers else {}),
+        **options,
+    )
+    if split:
+        combine_kernel[(units, queries * join * group)](
+            partial,
+            state,
+            length,
+            length if start is None else start,
+            out,
+            queries,
+            group,
+            heads,
+            kv_heads,
+            max_tokens,
+            sinks,
+            window,
+            sliding_window,
+            splits,
+            column_blocks,
+            TILE=tile,
+            HEAD_DIM=head_dim,
+            JOIN=join,
+            HAS_START=start is not None,
+            NUM_WARPS=launch.num_warps,
+            STEP=16,
+            PDL=pdl,
+            num_warps=4,
+            **options,
+        )
+    return out
+
+
+def _symbol_bits(layout: TileLayout, device: torch.device) -> torch.Tensor:
+    """Ideal bits of each symbol from the least to the largest in range, fp32, made once."""
+    of_class, top = class_bits(layout), layout.max_magnitude
+    bits = tuple(of_class[max(s, -s - 1) >> (layout.rice_parameter - 1)] for s in range(-top - 1, top + 1))
+    return on_device(("symbol bits", bits), lambda: torch.tensor(bits, dtype=torch.float32), device)
+
+
+def store(words: torch.Tensor, x: torch.Tensor, position: torch.Tensor, layout: TileLayout, effort: int = 1, num_warps: int = 8) -> None:
+    """Encode tokens into their slots, in place.
+
+    Args:
+        words: `[B, kv_heads / join, max_tokens, words]` int32, contiguous; join = tile / D, rounded down; heads rounded up.
+        x: `[B, kv_heads, S, D]`, rotated, fp16, bf16 or fp32; NaN and infinities count as zeros.
+        position: `[S]` int64, slots of the tokens; others than `[0, max_tokens)` are not written.
+        layout: of the slots, e8.
+        effort: 0 rounds to the nearest point, 1 by error and bits (`hq_inductor.format.quantizer`).
+
+    Raises:
+        ValueError: another lattice or effort, or a head_dim that is no multiple of 8 or no slot's.
+
+    Note: no host sync.
+    """
+    check_effort(effort)
+    if layout.lattice != "e8" or effort > 1:
+        raise ValueError(f"lattice must be e8 and effort 0 or 1, got {layout.lattice!r} and {effort}")
+    batch, all_heads, tokens, head_dim = x.shape
+    _, heads, max_tokens, word_count = words.shape
+    join = layout.tile // head_dim
+    if head_dim % 8 or join == 0 or heads != -(-all_heads // join) or words.shape[0] != batch or word_count != layout.words:
+        raise ValueError(f"slots {tuple(words.shape)} of {layout.tile} coefficients cannot hold tokens {tuple(x.shape)}")
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    if x.numel() == 0:
+        return
+    device = x.device
+    pdl = dependent_launch(device)
+    encode_kernel[(batch * heads, tokens)](
+        x,
+        position,
+        words,
+        layout.lengths(device),
+        layout.codewords(device),
+        _symbol_bits(layout, device),
+        heads,
+        all_heads,
+        max_tokens,
+        *x.stride()[:3],
+        PRICE * GRANULAR_ERROR["e8"] if effort else 0.0,
+        start_rms(layout.code / 8, "e8"),
+        MAX_OVERLOAD * GRANULAR_ERROR["e8"] * layout.tile,
+        K=layout.rice_parameter,
+        CLASSES=layout.classes,
+        LIMIT=layout.max_magnitude + 1,
+        TILE=layout.tile,
+        WORDS=layout.words,
+        WALL_UNIT=layout.wall_unit,
+        HEAD_DIM=head_dim,
+        JOIN=join,
+        VECTORS=triton.next_power_of_2(layout.tile // 8),
+        STREAM_PAD=triton.next_power_of_2(layout.stream_words),
+        EFFORT=effort,
+        PDL=pdl,
+        num_warps=num_warps,
+        **({"launch_pdl": True} if pdl else {}),
+    )

@@ -1,0 +1,685 @@
+"""Attention over the KV cache for few queries: coded slots and exact tokens, straight into the tensor cores.
+
+Definition.  `out[c] = sum_t softmax_t(scale * <query[c], K_t>) V_t` over the tokens t that column c sees: causal, from `start`, in the
+             sliding window, where the mask is true. Tokens in `[sinks, length - window)` are read from slots, all others from the
+             exact buffers.
+             A column is one query vector; up to 8 of them share what is decoded: queries of a group, of joined heads, of a few positions.
+Arithmetic.  Queries are rounded to 15 bits, `128 hi + lo`, so a score is two int8 products with the codes, exact in int32. A weight is
+             `exp2(score - m) * scale_t`, scale_t of the V slot, rounded to fp16 last of all; m follows the largest of them. V's
+             codes are exact in fp16; sums are fp32.
+Work.        A warp takes 16 tokens at a time. Decoded as rows, K is a first operand. V must stand in columns: `transpose` turns pairs of
+             its bytes, which become pairs of halves. The warps of a program merge in shared memory, programs of a head in `combine_kernel`.
+             Programs share a head's coded tokens evenly, whatever the length; as many as there are tokens for take part.
+Shared.      Two buffers of 16 slots per warp (K, V), 16 KiB in all, then the tables. While one is decoded, the other is filled.
+Cost.        Per 16 tokens and 8 columns at tile 128: 16 vectors decoded, 8 int8 and 8 fp16 products, 18 transpositions, 32 byte
+             permutations and as many additions of halves.
+Source.      Dao et al., Flash-Decoding, 2023 (split over the sequence); FlashAttention-2, arXiv 2307.08691 (running softmax).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .activations import round_to_even
+from .bits import INTERPRETED
+from .shared import (
+    copy_async_16,
+    declare_shared,
+    load_shared,
+    scratch_address,
+    store_shared,
+    wait_copies,
+    wait_older_copies,
+)
+from .slots import open_slot, raw_address, slot_quads, slot_raw, stage_slots, stream_address
+from .tile import decode_vector, restore_signs
+from .warp import (
+    biased_to_half,
+    column_max,
+    column_sum,
+    exchange,
+    from_lane,
+    halves,
+    mma_16bit,
+    mma_s8,
+    pack_halves,
+    sync_warp,
+    transpose,
+)
+from .wide import load_8_values, load_16
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+# where the tables stand in shared memory, after the buffers
+_BUFFERS = tl.constexpr(16384)
+# log2 of the largest weight in fp16: small ones keep their bits down to 2^-28 of it
+_TOP = tl.constexpr(14.0)
+_NEVER = tl.constexpr(-1.0e30)
+# scores beyond, of corrupt slots, would lose the bits that keep weights below 2^_TOP
+_MOST = tl.constexpr(32768.0)
+
+
+@triton.jit
+def _query_8(query_ptr, row_offset, d, first_dim, mask, HEAD_DIM: tl.constexpr):
+    """Coordinates `d` to `d + 7` of a column's query in the slot: zeros outside its own head."""
+    place = d - first_dim
+    return load_8_values(query_ptr + row_offset + place, mask & (place >= 0) & (place < HEAD_DIM))
+
+
+@triton.jit
+def _load_tables(table_ptr, address, thread, NUM_WARPS: tl.constexpr):
+    for step in tl.static_range(0, 8192 // (4 * 32 * NUM_WARPS)):
+        index = (step * 32 * NUM_WARPS + thread) * 4
+        copy_async_16(address + index * 4, table_ptr + index)
+
+
+@triton.jit
+def _weigh(scores, scale_u, scale_v, state, totals, NUM_WARPS: tl.constexpr, BLOCKS: tl.constexpr):
+    """Running softmax: weights of two tokens for two columns, `state = (m0, m1, l0, l1)` and `totals` brought to the new m."""
+    m0, m1, l0, l1 = state
+    s0 = tl.minimum(scores[0], _MOST)
+    s1 = tl.minimum(scores[1], _MOST)
+    s2 = tl.minimum(scores[2], _MOST)
+    s3 = tl.minimum(scores[3], _MOST)
+    log_u = tl.log2(scale_u)
+    log_v = tl.log2(scale_v)
+    n0 = tl.maximum(m0, column_max(tl.maximum(s0 + log_u, s2 + log_v), NUM_WARPS))
+    n1 = tl.maximum(m1, column_max(tl.maximum(s1 + log_u, s3 + log_v), NUM_WARPS))
+    a0 = tl.exp2(m0 - n0)
+    a1 = tl.exp2(m1 - n1)
+    rescaled = ()
+    for b in tl.static_range(BLOCKS):
+        rescaled = rescaled + (totals[4 * b] * a0, totals[4 * b + 1] * a1, totals[4 * b + 2] * a0, totals[4 * b + 3] * a1)
+    e0 = tl.exp2(s0 + (_TOP - n0))
+    e1 = tl.exp2(s1 + (_TOP - n1))
+    e2 = tl.exp2(s2 + (_TOP - n0))
+    e3 = tl.exp2(s3 + (_TOP - n1))
+    weights = (e0 * scale_u, e1 * scale_u, e2 * scale_v, e3 * scale_v)
+    return weights, (n0, n1, l0 * a0 + (e0 + e2), l1 * a1 + (e1 + e3)), rescaled
+
+
+@triton.jit
+def _between(x, low, count):
+    """Whether `low <= x < low + count`."""
+    return (x - low).to(tl.uint32, bitcast=True) < count.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _exact_step(
+    e,
+    k_exact_ptr,
+    v_exact_ptr,
+    query_ptr,
+    query_row,
+    query_first,
+    query_mask,
+    scale,
+    low,
+    high,
+    mask_rows,
+    mask_ptr,
+    last_token,
+    length,
+    sinks,
+    window,
+    b,
+    h,
+    kv_heads,
+    j,
+    state,
+    totals,
+    HEAD_DIM: tl.constexpr,
+    JOIN: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    NUM_WARPS: tl.constexpr,
+):
+    """16 tokens of the exact buffers, of which this thread holds number `e` and `e + 8`."""
+    dtype: tl.constexpr = k_exact_ptr.dtype.element_ty
+    entries = sinks + window
+    period = tl.maximum(window, 1)
+    rows = ()
+    tokens = ()
+    inside = ()
+    for side in tl.static_range(2):
+        place = e + 8 * side
+        # the newest position that this place of the ring can hold
+        since = (length - 1 - place) % period
+        token = tl.where(place < sinks, place, length - 1 - tl.where(since < 0, since + period, since))
+        real = (place < entries) & (token < length) & ((place < sinks) | (token >= sinks))
+        rows = rows + (tl.minimum(place, entries - 1),)
+        tokens = tokens + (tl.where(real, token, 0),)
+        inside = inside + (real,)
+
+    s0 = tl.zeros([32 * NUM_WARPS], tl.float32)
+    s1 = s0
+    s2 = s0
+    s3 = s0
+    for g in tl.static_range(GROUPS):
+        for v in tl.static_range(4):
+            d = 128 * g + 32 * v + 8 * j
+            head = h * JOIN + d // HEAD_DIM
+            there = (d // HEAD_DIM < JOIN) & (head < kv_heads)
+            k_regs = ()
+            for side in tl.static_range(2):
+                offset = ((b * kv_heads + head).to(tl.int64) * entries + rows[side]) * HEAD_DIM + d % HEAD_DIM
+                k_regs = k_regs + load_16(k_exact_ptr + offset, there & inside[side])
+            q = _query_8(query_ptr, query_row, d, query_first, query_mask, HEAD_DIM)
+            q_regs = ()
+            for i in tl.static_range(4):
+                q_regs = q_regs + (pack_halves(q[2 * i], q[2 * i + 1], dtype),)
+            for i in tl.static_range(2):
+                s0, s1, s2, s3 = mma_16bit(
+                    s0,
+                    s1,
+                    s2,
+                    s3,
+                    k_regs[2 * i],
+                    k_regs[4 + 2 * i],
+                    k_regs[2 * i + 1],
+                    k_regs[5 + 2 * i],
+                    q_regs[2 * i],
+                    q_regs[2 * i + 1],
+                    dtype,
+                    NUM_WARPS,
+                )
+    keep = ()
+    for i in tl.static_range(4):
+        token = tokens[i // 2]
+        seen = inside[i // 2] & (token >= low[i % 2]) & (token <= high[i % 2])
+        if HAS_MASK:
+            seen = seen & (tl.load(mask_ptr + mask_rows[i % 2] + tl.minimum(token, last_token)) != 0)
+        keep = keep + (seen,)
+    scores = (
+        tl.where(keep[0], s0 * scale, float("-inf")),
+        tl.where(keep[1], s1 * scale, float("-inf")),
+        tl.where(keep[2], s2 * scale, float("-inf")),
+        tl.where(keep[3], s3 * scale, float("-inf")),
+    )
+    one = tl.full([32 * NUM_WARPS], 1.0, tl.float32)
+    weights, state, totals = _weigh(scores, one, one, state, totals, NUM_WARPS, 8 * GROUPS)
+    w0, w1, w2, w3 = weights
+    # two terms, so that weights keep more bits than bf16 has
+    p0 = pack_halves(w0, w1, dtype)
+    p1 = pack_halves(w2, w3, dtype)
+    if dtype == tl.bfloat16:
+        r0 = pack_halves(w0 - (p0 << 16).to(tl.float32, bitcast=True), w1 - (p0 & -65536).to(tl.float32, bitcast=True), dtype)
+        r1 = pack_halves(w2 - (p1 << 16).to(tl.float32, bitcast=True), w3 - (p1 & -65536).to(tl.float32, bitcast=True), dtype)
+        r0 = transpose(r0, NUM_WARPS)
+        r1 = transpose(r1, NUM_WARPS)
+    p0 = transpose(p0, NUM_WARPS)
+    p1 = transpose(p1, NUM_WARPS)
+    updated = ()
+    for g in tl.static_range(GROUPS):
+        for v in tl.static_range(4):
+            d = 128 * g + 32 * v + 8 * j
+            head = h * JOIN + d // HEAD_DIM
+            there = (d // HEAD_DIM < JOIN) & (head < kv_heads)
+            v_regs = ()
+            for side in tl.static_range(2):
+                offset = ((b * kv_heads + head).to(tl.int64) * entries + rows[side]) * HEAD_DIM + d % HEAD_DIM
+                v_regs = v_regs + load_16(v_exact_ptr + offset, there & inside[side])
+            for half in tl.static_range(2):
+                a0 = transpose(halves(v_regs[2 * half], v_regs[2 * half + 1], 0), NUM_WARPS)
+                a1 = transpose(halves(v_regs[2 * half], v_regs[2 * half + 1], 1), NUM_WARPS)
+                a2 = transpose(halves(v_regs[4 + 2 * half], v_regs[5 + 2 * half], 0), NUM_WARPS)
+                a3 = transpose(halves(v_regs[4 + 2 * half], v_regs[5 + 2 * half], 1), NUM_WARPS)
+                t0 = totals[32 * g + 8 * v + 4 * half]
+                t1 = totals[32 * g + 8 * v + 4 * half + 1]
+                t2 = totals[32 * g + 8 * v + 4 * half + 2]
+                t3 = totals[32 * g + 8 * v + 4 * half + 3]
+                t0, t1, t2, t3 = mma_16bit(t0, t1, t2, t3, a0, a1, a2, a3, p0, p1, dtype, NUM_WARPS)
+                if dtype == tl.bfloat16:
+                    t0, t1, t2, t3 = mma_16bit(t0, t1, t2, t3, a0, a1, a2, a3, r0, r1, dtype, NUM_WARPS)
+                updated = updated + (t0, t1, t2, t3)
+    return state, updated
+
+
+# one binary for all sizes
+@triton.jit(
+    do_not_specialize=[
+        "scale",
+        "queries",
+        "group",
+        "heads",
+        "kv_heads",
+        "max_tokens",
+        "sinks",
+        "window",
+        "sliding_window",
+        "stride_qb",
+        "stride_qh",
+        "stride_qs",
+        "stride_mb",
+        "stride_ms",
+    ]
+)
+def attention_kernel(
+    query_ptr,  # [B, kv_heads * group, queries, HEAD_DIM], strided, last dimension contiguous
+    k_ptr,  # [B, heads, max_tokens, K_WORDS] int32
+    v_ptr,  # [B, heads, max_tokens, V_WORDS] int32
+    table_ptr,  # [2, 4096] int32
+    k_exact_ptr,  # [B, kv_heads, sinks + window, HEAD_DIM] fp16 or bf16
+    v_exact_ptr,  # the same
+    length_ptr,  # [1] int64
+    start_ptr,  # [B] int64 if HAS_START
+    mask_ptr,  # [B, queries, max_tokens] int8, strided, if HAS_MASK
+    out_ptr,  # [B, kv_heads * group, queries, HEAD_DIM]
+    partial_ptr,  # [B * heads, column blocks, splits, 8, TILE] fp32 if SPLIT
+    state_ptr,  # [B * heads, column blocks, splits, 8, 2] fp32 if SPLIT: m and l
+    scratch_ptr,  # stands in for shared memory under the interpreter
+    scale,  # times log2(e)
+    queries,
+    group,
+    heads,
+    kv_heads,
+    max_tokens,
+    sinks,
+    window,
+    sliding_window,
+    stride_qb,
+    stride_qh,
+    stride_qs,
+    stride_mb,
+    stride_ms,
+    K: tl.constexpr,
+    SHIFT: tl.constexpr,
+    GAIN: tl.constexpr,
+    LENGTH_PLACE: tl.constexpr,
+    TILE: tl.constexpr,
+    K_WORDS: tl.constexpr,
+    V_WORDS: tl.constexpr,
+    WALL_UNIT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    JOIN: tl.constexpr,
+    HAS_START: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    NUM_WARPS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Program (i, p, c): head i of slots, part p of its tokens, columns 8 c on."""
+    GROUPS: tl.constexpr = TILE // 128
+    BLOCKS: tl.constexpr = 8 * GROUPS  # of 16 coordinates by 8 columns
+    RAW: tl.constexpr = 4 * K * GROUPS
+    K_END: tl.constexpr = 32 * (K_WORDS - RAW)
+    V_END: tl.constexpr = 32 * (V_WORDS - RAW)
+
+    thread = tl.arange(0, 32 * NUM_WARPS)
+    lane = thread % 32
+    warp = thread // 32
+    j = lane % 4
+    r = lane // 4
+    odd = lane % 2
+    unit = tl.program_id(0)
+    part = tl.program_id(1)
+    b = unit // heads
+    h = unit % heads
+    if _INTERPRETED:
+        base = scratch_address(scratch_ptr, thread)
+    else:
+        base = declare_shared(thread)
+    _load_tables(table_ptr, base + _BUFFERS, thread, NUM_WARPS)
+    if PDL:
+        # the tables are constants; the queries and the newest tokens come from the kernels before
+        gdc_wait()
+
+    length = tl.load(length_ptr).to(tl.int32)
+    first_query = length - queries
+    begin = 0
+    if HAS_START:
+        begin = tl.load(start_ptr + b).to(tl.int32)
+    last_token = max_tokens - 1
+    coded_end = tl.minimum(length - window, max_tokens)
+    seen_first = tl.maximum(begin, 0)
+    if sliding_window > 0:
+        seen_first = tl.maximum(seen_first, first_query - sliding_window + 1)
+    first_step = tl.maximum(sinks, seen_first) // 16
+    steps = tl.maximum((coded_end + 15) // 16 - first_step, 0)
+    active = tl.minimum(tl.maximum((steps + NUM_WARPS - 1) // NUM_WARPS, 1), tl.num_programs(1))
+    if part >= active:
+        return
+    step_begin = first_step + (part * steps) // active
+    step_end = first_step + ((part + 1) * steps) // active
+    rounds = (step_end - step_begin + NUM_WARPS - 1) // NUM_WARPS
+
+    k_head = k_ptr + unit.to(tl.int64) * (max_tokens * K_WORDS)
+    v_head = v_ptr + unit.to(tl.int64) * (max_tokens * V_WORDS)
+    k_pieces = max_tokens * K_WORDS // 4
+    v_pieces = max_tokens * V_WORDS // 4
+    k_buffer = base + warp * (64 * (K_WORDS + V_WORDS))
+    v_buffer = k_buffer + 64 * K_WORDS
+    step = step_begin + warp
+    stage_slots(k_head, step, k_pieces, lane, k_buffer, K_WORDS, RAW)
+    stage_slots(v_head, step, v_pieces, lane, v_buffer, V_WORDS, RAW)
+
+    # column r as an operand of products
+    column = tl.program_id(2) * 8 + r
+    sub = column // group % JOIN
+    q_row = b * stride_qb + ((h * JOIN + sub) * group + column % group) * stride_qh + column // (JOIN * group) * stride_qs
+    q_mask = (column < queries * JOIN * group) & (h * JOIN + sub < kv_heads)
+    q_first = sub * HEAD_DIM
+    values = ()
+    for g in tl.static_range(GROUPS):
+        for v in tl.static_range(4):
+            values = values + _query_8(query_ptr, q_row, 128 * g + 32 * v + 8 * j, q_first, q_mask, HEAD_DIM)
+    largest = tl.zeros([32 * NUM_WARPS], tl.float32)
+    for i in tl.static_range(32 * GROUPS):
+        largest = tl.maximum(largest, tl.abs(values[i]))
+    largest = tl.maximum(largest, exchange(largest, 1, NUM_WARPS))
+    largest = tl.maximum(largest, exchange(largest, 2, NUM_WARPS))
+    factor = tl.where(largest > 0, 16256.0 / largest, 0.0)
+    q_high = ()
+    q_low = ()
+    for word in tl.static_range(8 * GROUPS):
+        high_word = lane * 0
+        low_word = lane * 0
+        for i in tl.static_range(4):
+            q = round_to_even(values[4 * word + i] * factor).to(tl.int32)
+            # the nearest multiple of 128, and the rest
+            q_above = (q + 64) >> 7
+            high_word = high_word | ((q_above & 0xFF) << (8 * i))
+            low_word = low_word | (((q - q_above * 128) & 0xFF) << (8 * i))
+        q_high = q_high + (high_word,)
+        q_low = q_low + (low_word,)
+
+    # columns 2 j and 2 j + 1 of sums; as an operand, column c is with threads 4 c to 4 c + 3
+    q_scale = ()
+    low = ()
+    high = ()
+    counts = ()
+    mask_rows = ()
+    for i in tl.static_range(2):
+        own = tl.program_id(2) * 8 + 2 * j + i
+        own_sub = own // group % JOIN
+        position = own // (JOIN * group)
+        real = (own < queries * JOIN * group) & (h * JOIN + own_sub < kv_heads)
+        at = first_query + position
+        column_first = tl.maximum(begin, 0) + lane * 0
+        if sliding_window > 0:
+            column_first = tl.maximum(column_first, at - sliding_window + 1)
+        low = low + (column_first,)
+        high = high + (tl.where(real, at, -1),)
+        coded_last = tl.minimum(tl.minimum(at, coded_end - 1), 16 * step_end - 1)
+        counts = counts + (tl.where(real, tl.maximum(coded_last - tl.maximum(column_first, sinks) + 1, 0), 0),)
+        mask_rows = mask_rows + (b * stride_mb + tl.minimum(position, queries - 1) * stride_ms,)
+        q_scale = q_scale + (from_lane(largest, 8 * j + 4 * i, NUM_WARPS) * (scale / 16256.0),)
+    first_0 = tl.maximum(low[0], sinks)
+    first_1 = tl.maximum(low[1], sinks)
+
+    table = base + _BUFFERS + odd * 16384
+    wait_copies(lane)
+    tl.debug_barrier()
+
+    k_raw_u = raw_address(k_buffer, r, K_WORDS, RAW)
+    k_raw_v = raw_address(k_buffer, r + 8, K_WORDS, RAW)
+    k_stream_u = stream_address(k_buffer, r, K_WORDS, RAW)
+    k_stream_v = stream_address(k_buffer, r + 8, K_WORDS, RAW)
+    v_raw_u = raw_address(v_buffer, r, V_WORDS, RAW)
+    v_raw_v = raw_address(v_buffer, r + 8, V_WORDS, RAW)
+    v_stream_u = stream_address(v_buffer, r, V_WORDS, RAW)
+    v_stream_v = stream_address(v_buffer, r + 8, V_WORDS, RAW)
+
+    m0 = tl.full([32 * NUM_WARPS], _NEVER, tl.float32)
+    zero = tl.zeros([32 * NUM_WARPS], tl.float32)
+    state = (m0, m0, zero, zero)
+    totals = ()
+    for _ in tl.static_range(4 * BLOCKS):
+        totals = totals + (zero,)
+
+    for _ in range(rounds):
+        token = step * 16 + r
+        keep_u0 = _between(token, first_0, counts[0])
+        keep_u1 = _between(token, first_1, counts[1])
+        keep_v0 = _between(token + 8, first_0, counts[0])
+        keep_v1 = _between(token + 8, first_1, counts[1])
+        if HAS_MASK:
+            # under way while K is decoded
+            token_u = tl.minimum(token, last_token)
+            token_v = tl.minimum(token + 8, last_token)
+            seen_u0 = tl.load(mask_ptr + mask_rows[0] + token_u)
+            seen_u1 = tl.load(mask_ptr + mask_rows[1] + token_u)
+            seen_v0 = tl.load(mask_ptr + mask_rows[0] + token_v)
+            seen_v1 = tl.load(mask_ptr + mask_rows[1] + token_v)
+        step += NUM_WARPS
+
+        wait_older_copies(lane)
+        k_scale_u, y_u = open_slot(k_stream_u, j, K_END, WALL_UNIT, GAIN)
+        k_scale_v, y_v = open_slot(k_stream_v, j, K_END, WALL_UNIT, GAIN)
+        s0 = lane * 0
+        s1 = lane * 0
+        s2 = lane * 0
+        s3 = lane * 0
+        t0 = lane * 0
+        t1 = lane * 0
+        t2 = lane * 0
+        t3 = lane * 0
+        for g in tl.static_range(GROUPS):
+            raw_u = slot_raw(k_raw_u, g, j, K, GROUPS)
+            raw_v = slot_raw(k_raw_v, g, j, K, GROUPS)
+            signs_u = restore_signs(raw_u, K, "e8")
+            signs_v = restore_signs(raw_v, K, "e8")
+            for v in tl.static_range(4):
+                e0, e1, y_u = slot_quads(y_u, odd, table, LENGTH_PLACE)
+                f0, f1, y_v = slot_quads(y_v, odd, table, LENGTH_PLACE)
+                a0, a2 = decode_vector(e0, e1, v, signs_u, raw_u, K, SHIFT, "e8")
+                a1, a3 = decode_vector(f0, f1, v, signs_v, raw_v, K, SHIFT, "e8")
+                b0, b1, c0, c1 = q_high[8 * g + 2 * v], q_high[8 * g + 2 * v + 1], q_low[8 * g + 2 * v], q_low[8 * g + 2 * v + 1]
+                s0, s1, s2, s3 = mma_s8(s0, s1, s2, s3, a0, a1, a2, a3, b0, b1, NUM_WARPS)
+                t0, t1, t2, t3 = mma_s8(t0, t1, t2, t3, a0, a1, a2, a3, c0, c1, NUM_WARPS)
+        sync_warp(lane)
+        stage_slots(k_head, step, k_pieces, lane, k_buffer, K_WORDS, RAW)
+
+        x0 = (s0 * 128 + t0).to(tl.float32) * (k_scale_u * q_scale[0])
+        x1 = (s1 * 128 + t1).to(tl.float32) * (k_scale_u * q_scale[1])
+        x2 = (s2 * 128 + t2).to(tl.float32) * (k_scale_v * q_scale[0])
+        x3 = (s3 * 128 + t3).to(tl.float32) * (k_scale_v * q_scale[1])
+        if HAS_MASK:
+            keep_u0 = keep_u0 & (seen_u0 != 0)
+            keep_u1 = keep_u1 & (seen_u1 != 0)
+            keep_v0 = keep_v0 & (seen_v0 != 0)
+            keep_v1 = keep_v1 & (seen_v1 != 0)
+        scores = (
+            tl.where(keep_u0, x0, float("-inf")),
+            tl.where(keep_u1, x1, float("-inf")),
+            tl.where(keep_v0, x2, float("-inf")),
+            tl.where(keep_v1, x3, float("-inf")),
+        )
+        wait_older_copies(lane)
+        v_scale_u, y_u = open_slot(v_stream_u, j, V_END, WALL_UNIT, GAIN)
+        v_scale_v, y_v = open_slot(v_stream_v, j, V_END, WALL_UNIT, GAIN)
+        weights, state, totals = _weigh(scores, v_scale_u, v_scale_v, state, totals, NUM_WARPS, BLOCKS)
+        p0 = transpose(pack_halves(weights[0], weights[1], tl.float16), NUM_WARPS)
+        p1 = transpose(pack_halves(weights[2], weights[3], tl.float16), NUM_WARPS)
+        updated = ()
+        for g in tl.static_range(GROUPS):
+            raw_u = slot_raw(v_raw_u, g, j, K, GROUPS)
+            raw_v = slot_raw(v_raw_v, g, j, K, GROUPS)
+            signs_u = restore_signs(raw_u, K, "e8")
+            signs_v = restore_signs(raw_v, K, "e8")
+            for v in tl.static_range(4):
+                e0, e1, y_u = slot_quads(y_u, odd, table, LENGTH_PLACE)
+                f0, f1, y_v = slot_quads(y_v, odd, table, LENGTH_PLACE)
+                codes_u = decode_vector(e0, e1, v, signs_u, raw_u, K, SHIFT, "e8", BIASED=True)
+                codes_v = decode_vector(f0, f1, v, signs_v, raw_v, K, SHIFT, "e8", BIASED=True)
+                for half in tl.static_range(2):
+                    turned_u = transpose(codes_u[half], NUM_WARPS)
+                    turned_v = transpose(codes_v[half], NUM_WARPS)
+                    updated = updated + mma_16bit(
+                        totals[32 * g + 8 * v + 4 * half],
+                        totals[32 * g + 8 * v + 4 * half + 1],
+                        totals[32 * g + 8 * v + 4 * half + 2],
+                        totals[32 * g + 8 * v + 4 * half + 3],
+                        biased_to_half(turned_u, 0),
+                        biased_to_half(turned_u, 1),
+                        biased_to_half(turned_v, 0),
+                        biased_to_half(turned_v, 1),
+                        p0,
+                        p1,
+                        tl.float16,
+                        NUM_WARPS,
+                    )
+        totals = updated
+        sync_warp(lane)
+        stage_slots(v_head, step, v_pieces, lane, v_buffer, V_WORDS, RAW)
+
+    if PDL:
+        gdc_launch_dependents()
+    # a warp's 16 tokens of all programs' warps in turn
+    exact_rounds = (sinks + window + 16 * NUM_WARPS - 1) // (16 * NUM_WARPS)
+    for index in range(active - 1 - part, exact_rounds, active):
+        state, totals = _exact_step(
+            (index * NUM_WARPS + warp) * 16 + r,
+            k_exact_ptr,
+            v_exact_ptr,
+            query_ptr,
+            q_row,
+            q_first,
+            q_mask,
+            scale,
+            low,
+            high,
+            mask_rows,
+            mask_ptr,
+            last_token,
+            length,
+            sinks,
+            window,
+            b,
+            h,
+            kv_heads,
+            j,
+            state,
+            totals,
+            HEAD_DIM,
+            JOIN,
+            GROUPS,
+            HAS_MASK,
+            NUM_WARPS,
+        )
+
+    # merge the warps where their buffers and tables were
+    wait_copies(lane)
+    tl.debug_barrier()
+    place = base + (warp * 8 + 2 * j) * (4 * TILE) + ((r // 2) * 8 + r % 2 * 2) * 4
+    for block in tl.static_range(BLOCKS):
+        for i in tl.static_range(4):
+            offset = (16 * block - 12 * (block % 2) + i // 2 + TILE * (i % 2)) * 4
+            store_shared(place + offset, totals[4 * block + i].to(tl.int32, bitcast=True))
+    states = base + 32 * TILE * NUM_WARPS
+    own = states + (warp * 8 + 2 * j) * 8
+    store_shared(own, state[0].to(tl.int32, bitcast=True))
+    store_shared(own + 4, column_sum(state[2], NUM_WARPS).to(tl.int32, bitcast=True))
+    store_shared(own + 8, state[1].to(tl.int32, bitcast=True))
+    store_shared(own + 12, column_sum(state[3], NUM_WARPS).to(tl.int32, bitcast=True))
+    tl.debug_barrier()
+    for i in tl.static_range(8 * TILE // (32 * NUM_WARPS)):
+        index = i * (32 * NUM_WARPS) + thread
+        c = index // TILE
+        d = index % TILE
+        largest = tl.full([32 * NUM_WARPS], _NEVER, tl.float32)
+        for w in tl.static_range(NUM_WARPS):
+            largest = tl.maximum(largest, load_shared(states + (w * 64 + c * 8)).to(tl.float32, bitcast=True))
+        total = tl.zeros([32 * NUM_WARPS], tl.float32)
+        norm = tl.zeros([32 * NUM_WARPS], tl.float32)
+        for w in tl.static_range(NUM_WARPS):
+            share = tl.exp2(load_shared(states + (w * 64 + c * 8)).to(tl.float32, bitcast=True) - largest)
+            norm += share * load_shared(states + (w * 64 + c * 8 + 4)).to(tl.float32, bitcast=True)
+            total += share * load_shared(base + (w * 8 * TILE + index) * 4).to(tl.float32, bitcast=True)
+        c_all = tl.program_id(2) * 8 + c
+        sub = c_all // group % JOIN
+        real = (c_all < queries * JOIN * group) & (h * JOIN + sub < kv_heads)
+        if SPLIT:
+            row = ((unit * tl.num_programs(2) + tl.program_id(2)) * tl.num_programs(1) + part) * 8 + c
+            tl.store(partial_ptr + row.to(tl.int64) * TILE + d, total, mask=real)
+            tl.store(state_ptr + row * 2, largest, mask=real & (d == 0))
+            tl.store(state_ptr + row * 2 + 1, norm, mask=real & (d == 0))
+        else:
+            head = (b * kv_heads + h * JOIN + sub) * group + c_all % group
+            place = d - sub * HEAD_DIM
+            mask = real & (place >= 0) & (place < HEAD_DIM)
+            value = total / tl.where(norm > 0, norm, 1.0)
+            row = (head * queries + c_all // (JOIN * group)).to(tl.int64)
+            tl.store(out_ptr + row * HEAD_DIM + place, value.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "queries",
+        "group",
+        "heads",
+        "kv_heads",
+        "max_tokens",
+        "sinks",
+        "window",
+        "sliding_window",
+        "splits",
+        "column_blocks",
+    ]
+)
+def combine_kernel(
+    partial_ptr,  # [B * heads, column_blocks, splits, 8, TILE] fp32
+    state_ptr,  # [B * heads, column_blocks, splits, 8, 2] fp32
+    length_ptr,  # [1] int64
+    start_ptr,  # [B] int64 if HAS_START
+    out_ptr,  # [B, kv_heads * group, queries, HEAD_DIM]
+    queries,
+    group,
+    heads,
+    kv_heads,
+    max_tokens,
+    sinks,
+    window,
+    sliding_window,
+    splits,
+    column_blocks,
+    TILE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    JOIN: tl.constexpr,
+    HAS_START: tl.constexpr,
+    NUM_WARPS: tl.constexpr,
+    STEP: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Program (i, c): column c of head i of slots, from the parts that `attention_kernel` took."""
+    if PDL:
+        gdc_wait()
+    unit = tl.program_id(0)
+    column = tl.program_id(1)
+    b = unit // heads
+    h = unit % heads
+    length = tl.load(length_ptr).to(tl.int32)
+    seen_first = 0
+    if HAS_START:
+        seen_first = tl.maximum(tl.load(start_ptr + b).to(tl.int32), 0)
+    if sliding_window > 0:
+        seen_first = tl.maximum(seen_first, length - queries - sliding_window + 1)
+    coded_end = tl.minimum(length - window, max_tokens)
+    steps = tl.maximum((coded_end + 15) // 16 - tl.maximum(sinks, seen_first) // 16, 0)
+    active = tl.minimum(tl.maximum((steps + NUM_WARPS - 1) // NUM_WARPS, 1), splits)
+
+    d = tl.arange(0, TILE)
+    total = tl.zeros([TILE], tl.float32)
+    norm = 0.0
+    largest = _NEVER
+    for first in range(0, active, STEP):
+        p = first + tl.arange(0, STEP)
+        row = ((unit * column_blocks + column // 8) * splits + p) * 8 + column % 8
+        mask = p < active
+        m = tl.load(state_ptr + row * 2, mask=mask, other=_NEVER)
+        part_norm = tl.load(state_ptr + row * 2 + 1, mask=mask, other=0.0)
+        parts = tl.load(partial_ptr + row.to(tl.int64)[:, None] * TILE + d[None, :], mask=mask[:, None], other=0.0)
+        m_new = tl.maximum(largest, tl.max(m, 0))
+        share = tl.exp2(m - m_new)
+        before = tl.exp2(largest - m_new)
+        norm = norm * before + tl.sum(share * part_norm, 0)
+        total = total * before + tl.sum(share[:, None] * parts, 0)
+        largest = m_new
+    sub = column // group % JOIN
+    place = d - sub * HEAD_DIM
+    mask = (place >= 0) & (place < HEAD_DIM) & (h * JOIN + sub + d * 0 < kv_heads)
+    head = (b * kv_heads + h * JOIN + sub) * group + column % group
+    row = (head * queries + column // (JOIN * group)).to(tl.int64)
+    value = total / tl.where(norm > 0, norm, 1.0)
+    tl.store(out_ptr + row * HEAD_DIM + place, value.to(out_ptr.dtype.element_ty), mask=mask)
