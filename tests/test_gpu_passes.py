@@ -27,7 +27,9 @@ def close(found, expected):
 @pytest.mark.parametrize("mma", ["auto", "int8", "fp8", "bf16", "nvfp4"])
 @pytest.mark.parametrize("name", PROLOGUES)
 def test_fused_op_equals_its_layers(name, mma):
-    weights = [HyperQuantTensor.from_hp(torch.randn(n, FEATURES, device="cuda"), bps=bps) for n, bps in ((100, 4), (64, 4), (44, 3))]
+    weights = [
+        HyperQuantTensor.from_hp(torch.randn(n, FEATURES, device="cuda"), bps=bps, tile=512) for n, bps in ((100, 4), (64, 4), (44, 3))
+    ]
     scale = torch.rand(FEATURES, device="cuda").add_(0.5).to(torch.bfloat16)
     bias = [cuda(100), None, torch.randn(44, device="cuda")]
     first = weights[0]
