@@ -145,20 +145,16 @@ ATTENTION_SCALARS = ("max_tokens", "sinks", "window", "sliding_window")
 
 
 @pytest.mark.parametrize(
-    ("capability", "bps", "head_dim"), [(80, 4.0, 128), (90, 4.0, 128), (90, 2.0, 128), (90, 4.0, 256), (100, 3.0, 64)]
+    ("capability", "bps", "head_dim", "two_codes"),
+    [(80, 4.0, 128, False), (90, 4.0, 128, False), (90, 2.0, 128, True), (90, 4.0, 256, False), (100, 3.0, 64, False)],
 )
-def test_attention(capability, bps, head_dim, tmp_path):
+def test_attention(capability, bps, head_dim, two_codes, tmp_path):
     layout = slot_layout(bps, max(128, head_dim))
     launch = attention_launch(8, 32768, 132, layout, layout)
     assert launch.splits > 1
     constants = {
-        "K": layout.rice_parameter,
-        "SHIFT": layout.kernel_shift,
-        "GAIN": layout.kernel_shift - layout.shift,
-        "LENGTH_PLACE": layout.kernel_length_place,
         "TILE": layout.tile,
-        "K_WORDS": layout.words,
-        "V_WORDS": layout.words,
+        "TWO_CODES": two_codes,
         "WALL_UNIT": layout.wall_unit,
         "HEAD_DIM": head_dim,
         "JOIN": layout.tile // head_dim,
@@ -168,6 +164,14 @@ def test_attention(capability, bps, head_dim, tmp_path):
         "NUM_WARPS": launch.num_warps,
         "PDL": capability >= 90,
     }
+    for side in "KV":
+        constants |= {
+            f"{side}_RICE": layout.rice_parameter,
+            f"{side}_SHIFT": layout.kernel_shift,
+            f"{side}_GAIN": layout.kernel_shift - layout.shift,
+            f"{side}_PLACE": layout.kernel_length_place,
+            f"{side}_WORDS": layout.words,
+        }
     pointers = {
         "query_ptr": "*bf16",
         "k_ptr": "*i32",
@@ -197,9 +201,9 @@ def test_attention(capability, bps, head_dim, tmp_path):
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_combine(capability, tmp_path):
-    constants = {"TILE": 128, "HEAD_DIM": 128, "JOIN": 1, "HAS_START": False, "NUM_WARPS": 8, "STEP": 16, "PDL": capability >= 90}
-    pointers = {"partial_ptr": "*fp32", "state_ptr": "*fp32", "length_ptr": "*i64", "start_ptr": "*i64", "out_ptr": "*bf16"}
-    sizes = ("queries", "group", "heads", "kv_heads", *ATTENTION_SCALARS, "splits", "column_blocks")
+    constants = {"TILE": 128, "HEAD_DIM": 128, "JOIN": 1, "STEP": 64, "PDL": capability >= 90}
+    pointers = {"partial_ptr": "*fp32", "state_ptr": "*fp32", "out_ptr": "*bf16"}
+    sizes = ("queries", "group", "heads", "kv_heads", "splits", "column_blocks")
     sass, _, _ = compile_ahead(combine_kernel, {**pointers, **dict.fromkeys(sizes, "i32")}, constants, capability, 4, tmp_path)
     assert "LDL" not in sass and "STL" not in sass, "spilled registers"
 
