@@ -20,6 +20,7 @@ from linear import copies
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from hq_inductor.format.kv import kv_layout
 from hq_inductor.format.layout import TileLayout
 from hq_inductor.format.quantizer import quantize_tiles
 from hq_inductor.format.rates import start_rms
@@ -79,7 +80,7 @@ def coded(batch: int, context: int, layout: TileLayout) -> torch.Tensor:
 
 def ours(batch: int, context: int, bps: float) -> tuple[list[Callable[[], object]], int]:
     """Calls on different caches and the bytes of one."""
-    layout = TileLayout("e8", HEAD_DIM, int(8 * bps), int(HEAD_DIM * bps) // 32)
+    layout = kv_layout(HEAD_DIM, bps).tile
     query = torch.randn(batch, QUERY_HEADS, 1, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
     length = torch.tensor([context], device="cuda")
     size = 2 * batch * KV_HEADS * (4 * context * layout.words + 2 * (SINKS + WINDOW) * HEAD_DIM)
@@ -155,7 +156,7 @@ def measure_store(batches: list[int], prompts: list[int], rates: list[float]) ->
         position = torch.arange(tokens, device="cuda")
         named = {}
         for bps in rates:
-            layout = TileLayout("e8", HEAD_DIM, int(8 * bps), int(HEAD_DIM * bps) // 32)
+            layout = kv_layout(HEAD_DIM, bps).tile
             words = torch.zeros(2, batch, KV_HEADS, tokens, layout.words, dtype=torch.int32, device="cuda")
             for effort in (0, 1):
 

@@ -77,6 +77,38 @@ def test_fused_linear_shapes(lattice, rows, columns, tile):
         assert (found - exact).abs().max() / exact.abs().max() < torch.finfo(torch.bfloat16).eps
 
 
+@pytest.mark.parametrize("lattice", LATTICES)
+@pytest.mark.parametrize(("rows", "columns", "tile"), [(100, 512, None), (1000, 4096, None), (33, 896, 896), (300, 384, 128)])
+def test_int8_of_large_batches(lattice, rows, columns, tile):
+    """Decoded codes, own product: the same int8 activations as the fused kernel's, so the same result."""
+    weight = HyperQuantTensor.from_hp(torch.randn(rows, columns, device="cuda"), lattice=lattice, tile=tile, mma="int8")
+    for batch in (33, 64, 65, 200, 1000):
+        x = torch.randn(batch, columns, device="cuda").to(torch.bfloat16)
+        found, exact = nn.functional.linear(x, weight).double(), int8_linear_in_double(x, weight)
+        assert (found - exact).abs().max() / exact.abs().max() < torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize("lattice", LATTICES)
+@pytest.mark.parametrize("bps", [2.0, 4.0, 6.0])
+def test_fp8_operands(lattice, bps):
+    """e4m3 of weights and activations: within a rounding of e4m3 (and of fp16, through which weights go)."""
+    from hq_inductor.format.mma import E4M3_MAX, fp8_scale
+    from hq_inductor.ops.fused import decode, rotate
+
+    weight = HyperQuantTensor.from_hp(torch.randn(100, 1024, device="cuda"), bps=bps, lattice=lattice)
+    layout = TileLayout(lattice, weight.tile, weight.code, weight.qdata.shape[-1])
+    codes, scales = ops.rice_decode(weight.qdata, lattice, weight.tile, weight.code)
+    dense = ops.lattice_dequant(codes, scales, lattice, torch.float32)
+    found, row_scale = decode(weight.qdata, layout, torch.float8_e4m3fn, row_scale=True)
+    assert torch.equal(row_scale, scales.amax(1) * (layout.largest_value / E4M3_MAX))
+    assert ((found.float() * row_scale[:, None] - dense).abs() <= dense.abs() / 15.9 + row_scale[:, None] * 2**-9).all()
+    x = torch.randn(50, 1024, device="cuda").to(torch.bfloat16)
+    rotated = hadamard_ref(x.float(), hadamard_block(layout.tile), weight.seed)
+    found, x_scale = rotate(x, None, layout, weight.qdata.shape[1], weight.seed, torch.float8_e4m3fn)
+    torch.testing.assert_close(x_scale, fp8_scale(rotated, layout.tile), rtol=1e-5, atol=0)
+    assert ((found.float() * x_scale[:, None] - rotated).abs() <= rotated.abs() / 15.9 + x_scale[:, None] * 2**-9).all()
+
+
 @pytest.mark.parametrize("mma", MMA)
 @pytest.mark.parametrize("batch", [1, 40, 300])
 def test_mma_equals_the_cpu(mma, batch):
@@ -114,7 +146,7 @@ def test_gradients_equal_the_cpu(dtype):
     grad, x = torch.randn(7, 100).to(dtype), torch.randn(7, 1024).to(dtype)
     found = []
     for device in ("cpu", "cuda"):
-        x_device = x.to(device).requires_grad_()
+        x_device = x.to(device).detach().requires_grad_()
         nn.functional.linear(x_device, weight.to(device)).backward(grad.to(device))
         found.append(x_device.grad.cpu().double())
     assert (found[0] - found[1]).norm() / found[0].norm() < 2 * torch.finfo(dtype).eps + 1e-5

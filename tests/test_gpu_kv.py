@@ -5,6 +5,7 @@ import torch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
+from hq_inductor.format.kv import kv_layout  # noqa: E402
 from hq_inductor.format.lattice import is_lattice_point  # noqa: E402
 from hq_inductor.format.layout import TileLayout  # noqa: E402
 from hq_inductor.format.rice import decode_tiles, encode_tiles  # noqa: E402
@@ -21,8 +22,8 @@ def _poison_new_memory():
     torch.use_deterministic_algorithms(False)
 
 
-def layout_of(bps: float, tile: int = 128) -> TileLayout:
-    return TileLayout("e8", tile, int(8 * bps), int(tile * bps) // 32)
+def layout_of(bps: float, head_dim: int = 128) -> TileLayout:
+    return kv_layout(head_dim, bps).tile
 
 
 def check(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -66,7 +67,7 @@ def test_attention_shapes(head_dim, seen):
     """Groups, numbers of queries, sinks, windows: one binary for all of them."""
     from hq_inductor.ops.fused_kv import attend
 
-    layout, max_tokens, length = layout_of(4.0, max(128, head_dim)), 640, 601
+    layout, max_tokens, length = layout_of(4.0, head_dim), 640, 601
     start = torch.tensor([0, 217], device="cuda") if seen == "start" else None
     for sinks, window, sliding in ((4, 64, 0), (0, 3, 0), (4, 300, 0), (4, 32, 200)):
         cache = random_cache([layout, layout], head_dim, 2, 2, max_tokens, length, sinks, window, torch.bfloat16, "cuda")
@@ -163,7 +164,7 @@ def test_store_in_place(head_dim, tile, kv_heads, dtype):
     """Joined heads, strides, positions out of range, vectors of zeros, outliers, NaN."""
     from hq_inductor.ops.fused_kv import store
 
-    layout, join = layout_of(3.0, tile), tile // head_dim
+    layout, join = layout_of(3.0, head_dim), tile // head_dim
     heads, max_tokens = -(-kv_heads // join), 40
     x = torch.randn(2, 6, kv_heads, head_dim, device="cuda", dtype=dtype).transpose(1, 2)
     x[:, :, 1] = 0

@@ -2,27 +2,65 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 
 from ..format.hadamard import hadamard_block
 from ..format.layout import TileLayout
-from .kernels.activations import rotate_kernel, rotate_quantize_kernel
+from .kernels.activations import fp8_scale_kernel, rotate_kernel, rotate_quantize_kernel, row_statistics_kernel
 from .kernels.decode import decode_kernel
 from .kernels.linear import linear_kernel
+from .kernels.matmul import int8_matmul_kernel
 from .kernels.shared import row_bytes
-from .launch import WARP_ROWS, LinearLaunch, decode_warps, dependent_launch, linear_launch, multiprocessors
+from .launch import (
+    WARP_ROWS,
+    LinearLaunch,
+    MatmulLaunch,
+    decode_parts,
+    decode_warps,
+    dependent_launch,
+    linear_launch,
+    matmul_launch,
+    multiprocessors,
+)
+from .prologue import NO_PROLOGUE, NORMS, Prologue
 
 
-def _rotation(layout: TileLayout, act_pre_scale: torch.Tensor | None, seed: int) -> dict:
+def _rotation(layout: TileLayout, act_pre_scale: torch.Tensor | None, seed: int, prologue: Prologue) -> dict:
     """Compile-time arguments of `hq_inductor.ops.kernels.activations.rotate`."""
     block = hadamard_block(layout.tile)
-    parts = triton.next_power_of_2(layout.tile // block)
-    return {"TILE": layout.tile, "BLOCK": block, "PARTS": parts, "SEED": seed, "HAS_SCALE": act_pre_scale is not None}
+    return {
+        "TILE": layout.tile,
+        "BLOCK": block,
+        "PARTS": triton.next_power_of_2(layout.tile // block),
+        "SEED": seed,
+        "HAS_SCALE": act_pre_scale is not None,
+        "PROLOGUE": prologue.name,
+        "HAS_WEIGHT": prologue.weight is not None,
+        "HAS_BIAS": prologue.bias is not None,
+    }
+
+
+def _vector(tensor: torch.Tensor | None, placeholder: torch.Tensor) -> torch.Tensor:
+    """A pointer argument `[K]` that may be missing."""
+    return placeholder if tensor is None else tensor.contiguous()
+
+
+def _aligned_rows(*matrices: torch.Tensor) -> bool:
+    return all(matrix.shape[1] % 16 == 0 and matrix.stride(0) % 16 == 0 for matrix in matrices)
 
 
 def rotate_quantize(
-    x: torch.Tensor, act_pre_scale: torch.Tensor | None, layout: TileLayout, tiles: int, seed: int, padded: int, counters: int
+    x: torch.Tensor,
+    act_pre_scale: torch.Tensor | None,
+    layout: TileLayout,
+    tiles: int,
+    seed: int,
+    padded: int,
+    counters: int,
+    prologue: Prologue = NO_PROLOGUE,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rotated activations as int8.
 
@@ -30,6 +68,7 @@ def rotate_quantize(
         x: `[M, in_features]`, last dimension contiguous.
         padded: rows of the result, at least M.
         counters: length of the zeros that come along.
+        prologue: what happens to `x` first; its gate is `[M, in_features]`, last dimension contiguous.
 
     Returns:
         int8 `[tiles * tile / 64, padded, 64]` (`hq_inductor.ops.kernels.activations`), fp32 scales `[tiles, padded]`, int32 zeros.
@@ -38,9 +77,13 @@ def rotate_quantize(
     scale = torch.empty((tiles, padded), dtype=torch.float32, device=x.device)
     zeros = torch.empty(counters, dtype=torch.int32, device=x.device)
     pdl = dependent_launch(x.device)
+    gate = x if prologue.gate is None else prologue.gate
     rotate_quantize_kernel[(padded, tiles)](
         x,
-        x if act_pre_scale is None else act_pre_scale,
+        gate,
+        _vector(prologue.weight, x),
+        _vector(prologue.bias, x),
+        _vector(act_pre_scale, x),
         q,
         scale,
         zeros,
@@ -48,9 +91,12 @@ def rotate_quantize(
         padded,
         x.shape[1],
         x.stride(0),
+        gate.stride(0),
         counters,
-        **_rotation(layout, act_pre_scale, seed),
+        prologue.eps,
+        **_rotation(layout, act_pre_scale, seed, prologue),
         LATTICE=layout.lattice,
+        ALIGNED=_aligned_rows(x, gate),
         PDL=pdl,
         num_warps=1,
         **({"launch_pdl": True} if pdl else {}),
@@ -59,41 +105,146 @@ def rotate_quantize(
 
 
 def rotate(
-    x: torch.Tensor, act_pre_scale: torch.Tensor | None, layout: TileLayout, tiles: int, seed: int, dtype: torch.dtype
-) -> torch.Tensor:
-    """`RHT(x * act_pre_scale)`, `[M, tiles * tile]` in `dtype`, of `[M, in_features]` with contiguous rows; missing columns are zeros."""
-    out = torch.empty((x.shape[0], tiles * layout.tile), dtype=dtype, device=x.device)
+    x: torch.Tensor,
+    act_pre_scale: torch.Tensor | None,
+    layout: TileLayout,
+    tiles: int,
+    seed: int,
+    dtype: torch.dtype,
+    prologue: Prologue = NO_PROLOGUE,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Rotated activations of large batches.
+
+    Args:
+        x: `[M, in_features]`, last dimension contiguous; missing columns are zeros.
+        dtype: a floating point dtype, float8_e4m3fn or int8.
+        prologue: as for `rotate_quantize`.
+
+    Returns:
+        `[M, tiles * tile]` in `dtype`, and fp32 scales: `[tiles, M]` of int8, `[M]` of e4m3, else None.
+    """
+    batch, features = x.shape
+    out = torch.empty((batch, tiles * layout.tile), dtype=dtype, device=x.device)
+    fp8 = dtype == torch.float8_e4m3fn
+    scale = None
+    if fp8 or dtype == torch.int8:
+        scale = torch.empty(batch if fp8 else (tiles, batch), dtype=torch.float32, device=x.device)
     if out.numel() == 0:
-        return out
-    rotate_kernel[(x.shape[0], tiles)](
-        x,
-        x if act_pre_scale is None else act_pre_scale,
-        out,
-        x.shape[1],
-        x.stride(0),
-        tiles,
-        **_rotation(layout, act_pre_scale, seed),
-        num_warps=1,
+        return out, scale
+    statistics, gate = x, x if prologue.gate is None else prologue.gate
+    if prologue.name in NORMS:
+        statistics = torch.empty((batch, 2), dtype=torch.float32, device=x.device)
+        row_statistics_kernel[(batch,)](
+            x, statistics, features, x.stride(0), prologue.eps, PROLOGUE=prologue.name, ALIGNED=_aligned_rows(x), num_warps=4
+        )
+    pointers = (x, gate, _vector(prologue.weight, x), _vector(prologue.bias, x), statistics, _vector(act_pre_scale, x))
+    scalars = (features, x.stride(0), gate.stride(0), tiles)
+    rotation = _rotation(layout, act_pre_scale, seed, prologue)
+    aligned = _aligned_rows(x, gate)
+    if fp8:
+        kept = {key: value for key, value in rotation.items() if key not in ("BLOCK", "PARTS", "SEED")}
+        padded = triton.next_power_of_2(layout.tile)
+        fp8_scale_kernel[(batch,)](*pointers, scale, *scalars, **kept, PADDED=padded, ALIGNED=aligned, num_warps=1 if batch >= 1024 else 4)
+    rotate_kernel[(batch, tiles)](
+        *pointers, out, x if scale is None else scale, *scalars, **rotation, LATTICE=layout.lattice, ALIGNED=aligned, num_warps=1
     )
+    return out, scale
+
+
+def int8_matmul(
+    x: torch.Tensor,
+    act_scale: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    launch: MatmulLaunch | None = None,
+) -> torch.Tensor:
+    """`[M, N]` in `dtype` from `rotate` and `decode`.
+
+    Args:
+        x: `[M, K]` int8, with scales `act_scale`, `[tiles, M]` fp32.
+        codes: `[N, K]` int8, with scales `scale`, `[N, tiles]` fp32.
+        bias: `[N]` or None.
+    """
+    (batch, columns), (rows, tiles) = x.shape, scale.shape
+    launch = launch or matmul_launch(batch, rows, tiles, multiprocessors(x.device))
+    split = launch.splits > 1
+    shape = (launch.splits, batch, rows) if split else (batch, rows)
+    out = torch.empty(shape, dtype=torch.float32 if split else dtype, device=x.device)
+    if out.numel() == 0:
+        return out.sum(0).to(dtype) if split else out
+    int8_matmul_kernel[(-(-batch // launch.block_m) * -(-rows // launch.block_n), launch.splits)](
+        x,
+        act_scale,
+        codes,
+        scale,
+        out if bias is None else bias.contiguous(),
+        out,
+        batch,
+        rows,
+        tiles,
+        TILE=columns // tiles,
+        HAS_BIAS=bias is not None and not split,
+        BLOCK_M=launch.block_m,
+        BLOCK_N=launch.block_n,
+        BLOCK_K=launch.block_k,
+        GROUP_M=8,
+        num_warps=launch.num_warps,
+        num_stages=launch.stages,
+    )
+    if split:
+        out = out.sum(0)
+        return (out if bias is None else out + bias).to(dtype)
     return out
+
+
+MAX_SIBLINGS = 4
+
+
+def _default_launch(x: torch.Tensor, counts: list[int], tiles: int, layout: TileLayout) -> LinearLaunch:
+    processors = multiprocessors(x.device) if x.is_cuda else 1
+    return linear_launch(x.shape[0], sum(counts), tiles, processors, row_bytes(layout.stream_words))
 
 
 def int8_linear(
     x: torch.Tensor,
-    qdata: torch.Tensor,
+    qdata: torch.Tensor | Sequence[torch.Tensor],
     act_pre_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    bias: torch.Tensor | Sequence[torch.Tensor] | None,
     layout: TileLayout,
     seed: int,
     launch: LinearLaunch | None = None,
+    residual: torch.Tensor | None = None,
+    prologue: Prologue = NO_PROLOGUE,
+    rotated: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """`[M, N]` in the dtype of `x`, `[M, in_features]`: two kernels."""
-    batch, (rows, tiles, words) = x.shape[0], qdata.shape
-    if qdata.numel() >= 2**31 or (batch + 64) * tiles * layout.tile >= 2**31:
-        raise ValueError(f"the kernel's offsets have 31 bits, got {qdata.numel()} words and {batch} x {tiles * layout.tile} activations")
+    """The fused linear layer: two kernels.
+
+    Args:
+        x: `[M, in_features]`, last dimension contiguous.
+        qdata: `[N, tiles, words]`, or up to four siblings of one layout, which multiply the same activations in one launch.
+        act_pre_scale: `[in_features]` or None.
+        bias: `[N]` or None; for siblings one each, or None for all.
+        residual: `[M, N]`, last dimension contiguous, added to the result before it is rounded.
+        prologue: what happens to `x` first.
+        rotated: what `rotate_quantize` made of `x`, where it is there already; made here if it is None or padded otherwise.
+
+    Returns:
+        `[M, N]` in the dtype of `x`; for siblings their rows one after the other.
+    """
+    weights = [qdata] if isinstance(qdata, torch.Tensor) else list(qdata)
+    biases = [bias] * len(weights) if bias is None or isinstance(bias, torch.Tensor) else list(bias)
+    if not 1 <= len(weights) <= MAX_SIBLINGS or len(biases) != len(weights):
+        raise ValueError(f"qdata must be 1 to {MAX_SIBLINGS} weights with a bias each or None, got {len(weights)} and {len(biases)}")
+    batch, (_, tiles, words) = x.shape[0], weights[0].shape
+    counts = [weight.shape[0] for weight in weights]
+    rows = sum(counts)
+    largest = max(weight.numel() for weight in weights)
+    if largest >= 2**31 or (batch + 64) * tiles * layout.tile >= 2**31:
+        raise ValueError(f"the kernel's offsets have 31 bits, got {largest} words and {batch} x {tiles * layout.tile} activations")
     if launch is None:
-        processors = multiprocessors(x.device) if x.is_cuda else 1
-        launch = linear_launch(batch, rows, tiles, processors, row_bytes(layout.stream_words))
+        launch = _default_launch(x, counts, tiles, layout)
     buffer_bytes = row_bytes(layout.stream_words) if x.is_cuda else 0
     if launch.num_warps > decode_warps(buffer_bytes):
         raise ValueError(f"num_warps must be at most {decode_warps(buffer_bytes)} for {layout}, got {launch.num_warps}")
@@ -102,24 +253,38 @@ def int8_linear(
         return out
     columns, splits = launch.columns, launch.splits
     padded = -(-batch // columns) * columns
-    grid = (-(-rows // (WARP_ROWS * launch.num_warps)), splits, padded // columns)
+    grid = (sum(-(-n // (WARP_ROWS * launch.num_warps)) for n in counts), splits, padded // columns)
     counters = grid[0] * launch.num_warps * grid[2] if splits > 1 else 0
-    q, scale, zeros = rotate_quantize(x, act_pre_scale, layout, tiles, seed, padded, counters)
+    if rotated is None or rotated[0].shape[1] != padded:
+        q, scale, zeros = rotate_quantize(x, act_pre_scale, layout, tiles, seed, padded, counters, prologue)
+    else:
+        (q, scale), zeros = rotated, torch.zeros(counters, dtype=torch.int32, device=x.device)
     pdl = dependent_launch(x.device)
     partial = torch.empty((splits, padded, rows), dtype=torch.float32, device=x.device) if splits > 1 else scale
+    has_bias = biases[0] is not None
+    if has_bias and len({b.dtype for b in biases}) > 1:
+        biases = [b.float() for b in biases]
+    biases = [b.contiguous() for b in biases] if has_bias else [out]
+    weights += weights[:1] * (MAX_SIBLINGS - len(weights))
+    biases += biases[:1] * (MAX_SIBLINGS - len(biases))
     linear_kernel[grid](
-        qdata,
+        weights[0],
         layout.kernel_tables(x.device),
         q,
         scale,
-        out if bias is None else bias.contiguous(),
+        biases[0],
         out,
         partial,
         zeros,
         batch,
         padded,
-        rows,
+        counts[0],
         tiles,
+        out if residual is None else residual,
+        0 if residual is None else residual.stride(0),
+        *weights[1:],
+        *biases[1:],
+        *(counts[1:] + [0] * (MAX_SIBLINGS - len(counts))),
         LATTICE=layout.lattice,
         K=layout.rice_parameter,
         SHIFT=layout.kernel_shift,
@@ -133,7 +298,9 @@ def int8_linear(
         ROW_BYTES=buffer_bytes,
         COLUMNS=columns,
         SPLIT=splits > 1,
-        HAS_BIAS=bias is not None,
+        HAS_BIAS=has_bias,
+        HAS_RESIDUAL=residual is not None,
+        SIBLINGS=len(counts),
         NUM_WARPS=launch.num_warps,
         num_warps=launch.num_warps,
         PDL=pdl,
@@ -144,36 +311,82 @@ def int8_linear(
     return out
 
 
+def sibling_linear(
+    x: torch.Tensor,
+    qdata: list[torch.Tensor],
+    act_pre_scale: torch.Tensor | None,
+    bias: list[torch.Tensor | None],
+    layouts: list[TileLayout],
+    seed: int,
+    residual: torch.Tensor | None,
+    prologue: Prologue,
+) -> torch.Tensor:
+    """`int8_linear` for any number of siblings: `[M, sum N]`. Layouts agree in lattice and tile.
+
+    Neighbours of one layout share a launch; all share the rotation and quantization of `x`.
+    """
+    groups: list[list[int]] = []
+    for i, layout in enumerate(layouts):
+        if groups and len(groups[-1]) < MAX_SIBLINGS and layouts[groups[-1][0]] == layout:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    rotated = None
+    if len(groups) > 1 and x.shape[0] > 0:
+        columns = _default_launch(x, [qdata[i].shape[0] for i in groups[0]], qdata[0].shape[1], layouts[0]).columns
+        padded = -(-x.shape[0] // columns) * columns
+        rotated = rotate_quantize(x, act_pre_scale, layouts[0], qdata[0].shape[1], seed, padded, 0, prologue)[:2]
+    outs = []
+    for group in groups:
+        biases = None
+        if any(bias[i] is not None for i in group):
+            biases = [x.new_zeros(qdata[i].shape[0]) if bias[i] is None else bias[i] for i in group]
+        words = [qdata[i] for i in group]
+        outs.append(int8_linear(x, words, act_pre_scale, biases, layouts[group[0]], seed, None, residual, prologue, rotated))
+    return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
+
+
 def decode(
-    qdata: torch.Tensor, layout: TileLayout, dtype: torch.dtype, row_scale: torch.Tensor | None = None
+    qdata: torch.Tensor,
+    layout: TileLayout,
+    dtype: torch.dtype,
+    row_scale: bool = False,
+    out: torch.Tensor | None = None,
+    parts: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Decode a weight.
 
     Args:
         qdata: `[N, tiles, words]` int32.
         dtype: int8 for codes; or of the rotated weight: fp32, bf16, fp16 or float8_e4m3fn.
-        row_scale: `[N]` fp32, which the rotated weight is divided by.
+        row_scale: divide each row by a scale that brings what its tiles can hold into the range of e4m3.
+        out: where to write it, contiguous, or None.
+        parts: blocks that share the tiles of a row; None chooses.
 
     Returns:
-        `[N, tiles * tile]`, and for codes the scales `[N, tiles]` fp32.
+        `[N, tiles * tile]`, and for codes the scales `[N, tiles]`, for `row_scale` the scales `[N]`, fp32.
     """
     rows, tiles, words = qdata.shape
     codes = dtype == torch.int8
-    out = torch.empty((rows, tiles * layout.tile), dtype=dtype, device=qdata.device)
-    scale = torch.empty((rows, tiles), dtype=torch.float32, device=qdata.device) if codes else None
+    if out is None:
+        out = torch.empty((rows, tiles * layout.tile), dtype=dtype, device=qdata.device)
+    scale = None
+    if codes or row_scale:
+        scale = torch.empty((rows, tiles) if codes else rows, dtype=torch.float32, device=qdata.device)
     if out.numel() == 0:
         return out, scale
     buffer_bytes = row_bytes(layout.stream_words) if qdata.is_cuda else 0
     num_warps = decode_warps(buffer_bytes)
     blocks = -(-rows // (WARP_ROWS * num_warps))
-    parts = min(tiles, max(1, -(-4 * multiprocessors(qdata.device) // blocks))) if qdata.is_cuda else 1
+    if parts is None:
+        parts = decode_parts(blocks, tiles, multiprocessors(qdata.device)) if qdata.is_cuda else 1
     placeholder = qdata
     decode_kernel[(blocks, parts)](
         qdata,
         layout.kernel_tables(qdata.device, plain=True),
-        placeholder if row_scale is None else row_scale,
+        scale if row_scale else placeholder,
         out,
-        placeholder if scale is None else scale,
+        scale if codes else placeholder,
         rows,
         tiles,
         LATTICE=layout.lattice,
@@ -187,7 +400,8 @@ def decode(
         ALIGNED=_aligned(layout),
         ROW_BYTES=buffer_bytes,
         CODES=codes,
-        ROW_SCALE=row_scale is not None,
+        ROW_SCALE=row_scale,
+        LARGEST=layout.largest_value,
         NUM_WARPS=num_warps,
         num_warps=num_warps,
         num_stages=1,

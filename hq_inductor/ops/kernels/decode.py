@@ -1,9 +1,10 @@
 """Decode whole weights: words to codes, to floats or to scaled fp8, row by row.
 
 Definition.  `out[n, k] = codes[n, k]` (int8), or `codes[n, k] * scale[n, t] * sqrt(3)^[a2 and k even] / row_scale[n]` in the dtype of
-             `out`.
+             `out`. `row_scale` brings the largest value that the row's tiles can hold to the largest that e4m3 can.
 Work.        A warp owns 16 rows, and takes tiles as `hq_inductor.ops.kernels.linear` does, from the same buffers; with tables whose
-             quotients stand where codes have them.
+             quotients stand where codes have them. Codes become floats as the low bits of a float that is large enough to have no
+             fraction, which is then subtracted: the converting instructions are a quarter as fast.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .bits import INTERPRETED
-from .linear import load_tables, stage_stream, tile_offset
+from .bits import INTERPRETED, shift_right
+from .linear import load_chunks, load_tables, stage_stream, tile_offset
 from .shared import TABLE_BYTES, declare_shared, wait_copies
 from .tile import decode_vector, first_cursor, first_words, load_raw, next_quads, read_header, restore_signs, stream_word
 
@@ -57,54 +58,209 @@ else:
         )
 
 
-@triton.jit
-def _pack(codes, scale, FIRST: tl.constexpr, COUNT: tl.constexpr, LATTICE: tl.constexpr, DTYPE: tl.constexpr):
-    """Values of `COUNT` of four codes as bits of one word."""
-    width: tl.constexpr = 32 // COUNT
-    word = codes * 0
-    for i in tl.static_range(COUNT):
-        value = ((codes << (24 - 8 * (FIRST + i))) >> 24).to(tl.float32) * scale
-        if LATTICE == "a2" and (FIRST + i) % 2 == 0:
-            value = value * 1.7320508075688772
-        value = value.to(DTYPE)
-        if width == 32:
-            word = value.to(tl.int32, bitcast=True)
-        elif width == 16:
-            word = word | ((value.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) << (16 * i))
+if INTERPRETED:
+
+    @triton.jit
+    def _pack(codes, scale, FIRST: tl.constexpr, COUNT: tl.constexpr, LATTICE: tl.constexpr, DTYPE: tl.constexpr):
+        """Values of `COUNT` of four codes as bits of one word."""
+        width: tl.constexpr = 32 // COUNT
+        word = codes * 0
+        for i in tl.static_range(COUNT):
+            value = ((codes << (24 - 8 * (FIRST + i))) >> 24).to(tl.float32) * scale
+            if LATTICE == "a2" and (FIRST + i) % 2 == 0:
+                value = value * 1.7320508075688772
+            value = value.to(DTYPE)
+            if width == 32:
+                word = value.to(tl.int32, bitcast=True)
+            elif width == 16:
+                word = word | ((value.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) << (16 * i))
+            else:
+                word = word | ((value.to(tl.int8, bitcast=True).to(tl.int32) & 0xFF) << (8 * i))
+        return word
+
+    @triton.jit
+    def _four_values(codes, even, odd, LATTICE: tl.constexpr, DTYPE: tl.constexpr):
+        words = ()
+        COUNT: tl.constexpr = 32 // DTYPE.primitive_bitwidth
+        for first in tl.static_range(0, 4, COUNT):
+            words = words + (_pack(codes, odd, first, COUNT, LATTICE, DTYPE),)
+        return words
+
+    @triton.jit
+    def _largest_of_quad(x):
+        quads = tl.reshape(x, [x.shape[0] // 4, 4])
+        return tl.reshape(tl.broadcast_to(tl.max(quads, 1)[:, None], quads.shape), x.shape)
+
+else:
+
+    @triton.jit
+    def _four_floats(codes, even, odd):
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 biased, large;
+            mov.b32 large, 0x4B000000;
+            xor.b32 biased, $4, 0x80808080;
+            prmt.b32 $0, biased, large, 0x7440;
+            prmt.b32 $1, biased, large, 0x7441;
+            prmt.b32 $2, biased, large, 0x7442;
+            prmt.b32 $3, biased, large, 0x7443;
+            sub.rn.f32 $0, $0, 0f4B000080;
+            sub.rn.f32 $1, $1, 0f4B000080;
+            sub.rn.f32 $2, $2, 0f4B000080;
+            sub.rn.f32 $3, $3, 0f4B000080;
+            mul.rn.f32 $0, $0, $5;
+            mul.rn.f32 $1, $1, $6;
+            mul.rn.f32 $2, $2, $5;
+            mul.rn.f32 $3, $3, $6;
+            }""",
+            "=&f,=&f,=&f,=&f,r,f,f",
+            [codes, even, odd],
+            (tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
+
+    @triton.jit
+    def _four_values(codes, even, odd, LATTICE: tl.constexpr, DTYPE: tl.constexpr):
+        """Values of four codes as bits of the words they take; `even` and `odd` are the scales of even and odd places."""
+        if DTYPE.primitive_bitwidth == 8:
+            return (
+                tl.inline_asm_elementwise(
+                    """{
+                    .reg .b32 biased, large, low, high, scales; .reg .b16 p, q;
+                    mov.b32 large, 0x64646464;
+                    xor.b32 biased, $1, 0x80808080;
+                    prmt.b32 low, biased, large, 0x4140;
+                    prmt.b32 high, biased, large, 0x4342;
+                    cvt.rn.f16x2.f32 scales, $3, $2;
+                    mov.b32 large, 0x64806480;
+                    sub.rn.f16x2 low, low, large;
+                    sub.rn.f16x2 high, high, large;
+                    mul.rn.f16x2 low, low, scales;
+                    mul.rn.f16x2 high, high, scales;
+                    cvt.rn.satfinite.e4m3x2.f16x2 p, low;
+                    cvt.rn.satfinite.e4m3x2.f16x2 q, high;
+                    mov.b32 $0, {p, q};
+                    }""",
+                    "=r,r,f,f",
+                    [codes, even, odd],
+                    tl.int32,
+                    is_pure=True,
+                    pack=1,
+                ),
+            )
         else:
-            word = word | ((value.to(tl.int8, bitcast=True).to(tl.int32) & 0xFF) << (8 * i))
-    return word
+            f0, f1, f2, f3 = _four_floats(codes, even, odd)
+            if DTYPE == tl.float32:
+                return (
+                    f0.to(tl.int32, bitcast=True),
+                    f1.to(tl.int32, bitcast=True),
+                    f2.to(tl.int32, bitcast=True),
+                    f3.to(tl.int32, bitcast=True),
+                )
+            else:
+                convert: tl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;" if DTYPE == tl.bfloat16 else "cvt.rn.f16x2.f32 $0, $2, $1;"
+                return (
+                    tl.inline_asm_elementwise(convert, "=r,f,f", [f0, f1], tl.int32, is_pure=True, pack=1),
+                    tl.inline_asm_elementwise(convert, "=r,f,f", [f2, f3], tl.int32, is_pure=True, pack=1),
+                )
+
+    @triton.jit
+    def _largest_of_quad(x):
+        """Largest of four neighbouring threads' int32."""
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 other;
+            shfl.sync.bfly.b32 other, $1, 1, 31, 0xffffffff;
+            max.s32 $0, $1, other;
+            shfl.sync.bfly.b32 other, $0, 2, 31, 0xffffffff;
+            max.s32 $0, $0, other;
+            }""",
+            "=&r,r",
+            [x],
+            tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit
-def _store_vector(out_ptr, low, high, scale, mask, LATTICE: tl.constexpr, CODES: tl.constexpr):
+def _store_vector(out_ptr, low, high, even, odd, mask, LATTICE: tl.constexpr, CODES: tl.constexpr):
     """Store the eight coefficients of a vector."""
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     if CODES:
         _store_8(out_ptr, low, high, mask)
-    elif dtype.primitive_bitwidth == 8:
-        _store_8(out_ptr, _pack(low, scale, 0, 4, LATTICE, dtype), _pack(high, scale, 0, 4, LATTICE, dtype), mask)
-    elif dtype.primitive_bitwidth == 16:
-        w0 = _pack(low, scale, 0, 2, LATTICE, dtype)
-        w1 = _pack(low, scale, 2, 2, LATTICE, dtype)
-        w2 = _pack(high, scale, 0, 2, LATTICE, dtype)
-        w3 = _pack(high, scale, 2, 2, LATTICE, dtype)
-        _store_16(out_ptr, w0, w1, w2, w3, mask)
     else:
-        for half in tl.static_range(2):
-            codes = low if half == 0 else high
-            w0 = _pack(codes, scale, 0, 1, LATTICE, dtype)
-            w1 = _pack(codes, scale, 1, 1, LATTICE, dtype)
-            w2 = _pack(codes, scale, 2, 1, LATTICE, dtype)
-            w3 = _pack(codes, scale, 3, 1, LATTICE, dtype)
-            _store_16(out_ptr + 4 * half, w0, w1, w2, w3, mask)
+        first = _four_values(low, even, odd, LATTICE, dtype)
+        second = _four_values(high, even, odd, LATTICE, dtype)
+        if dtype.primitive_bitwidth == 8:
+            _store_8(out_ptr, first[0], second[0], mask)
+        elif dtype.primitive_bitwidth == 16:
+            _store_16(out_ptr, first[0], first[1], second[0], second[1], mask)
+        else:
+            _store_16(out_ptr, first[0], first[1], first[2], first[3], mask)
+            _store_16(out_ptr + 4, second[0], second[1], second[2], second[3], mask)
+
+
+@triton.jit
+def _row_scale(words_ptr, strip, row, j, N, tiles, WORDS: tl.constexpr, RAW: tl.constexpr, LARGEST: tl.constexpr):
+    """Scale of a row, from the headers of its tiles; the four threads of a row share the work."""
+    largest = j * 0
+    for t in range(0, tiles, 4):
+        header = tl.load(words_ptr + tile_offset(strip, row, t + j, N, tiles, WORDS) + RAW)
+        largest = tl.maximum(largest, shift_right(header, 20))
+    return _scale(_largest_of_quad(largest)) * (LARGEST / 448.0)
+
+
+@triton.jit
+def _scale(code):
+    return ((code + (127 - 40) * 64) << 17).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _decode_group(
+    raw_u,
+    raw_v,
+    cursors,
+    odd,
+    streams,
+    table_ptr,
+    table_address,
+    outs,
+    place,
+    LATTICE: tl.constexpr,
+    K: tl.constexpr,
+    SHIFT: tl.constexpr,
+    LENGTH_PLACE: tl.constexpr,
+    STREAM: tl.constexpr,
+    ROW_BYTES: tl.constexpr,
+    CODES: tl.constexpr,
+):
+    """Decode a group of both rows and store it."""
+    first_u, second_u, x_u, first_v, second_v, x_v = cursors
+    stream_u, stream_v, address_u, address_v = streams
+    out_u, out_v, even_u, odd_u, even_v, odd_v, mask_u, mask_v = outs
+    signs_u = restore_signs(raw_u, K, LATTICE)
+    signs_v = restore_signs(raw_v, K, LATTICE)
+    for v in tl.static_range(4):
+        e0, e1, first_u, second_u, x_u = next_quads(
+            first_u, second_u, x_u, odd, stream_u, address_u, table_ptr, table_address, LENGTH_PLACE, STREAM, ROW_BYTES
+        )
+        f0, f1, first_v, second_v, x_v = next_quads(
+            first_v, second_v, x_v, odd, stream_v, address_v, table_ptr, table_address, LENGTH_PLACE, STREAM, ROW_BYTES
+        )
+        a0, a1 = decode_vector(e0, e1, v, signs_u, raw_u, K, SHIFT, LATTICE)
+        b0, b1 = decode_vector(f0, f1, v, signs_v, raw_v, K, SHIFT, LATTICE)
+        _store_vector(out_u + place + v * 32, a0, a1, even_u, odd_u, mask_u, LATTICE, CODES)
+        _store_vector(out_v + place + v * 32, b0, b1, even_v, odd_v, mask_v, LATTICE, CODES)
+    return first_u, second_u, x_u, first_v, second_v, x_v
 
 
 @triton.jit(do_not_specialize=["N", "tiles"])
 def decode_kernel(
     words_ptr,  # [N, tiles, WORDS] int32
     table_ptr,  # [2, 4096] int32
-    row_scale_ptr,  # [N] fp32 if ROW_SCALE
+    row_scale_ptr,  # [N] fp32, written if ROW_SCALE
     out_ptr,  # [N, tiles * TILE]
     scale_ptr,  # [N, tiles] fp32 if CODES
     N,
@@ -121,12 +277,15 @@ def decode_kernel(
     ROW_BYTES: tl.constexpr,
     CODES: tl.constexpr,
     ROW_SCALE: tl.constexpr,
+    LARGEST: tl.constexpr,
     NUM_WARPS: tl.constexpr,
 ):
     """Program p: rows of 16 of its warps, all tiles in turn from every part of `num_programs(1)`."""
     STREAM: tl.constexpr = WORDS - RAW
     END: tl.constexpr = 32 * STREAM
     GROUPS: tl.constexpr = TILE // 128
+    CHUNKED: tl.constexpr = ALIGNED and LATTICE != "d4" and GROUPS <= 4 and K * GROUPS % 4 == 0
+    FIRST: tl.constexpr = (K - 1) // 4 + 1
     thread = tl.arange(0, 32 * NUM_WARPS)
     lane = thread % 32
     warp = thread // 32
@@ -148,20 +307,34 @@ def decode_kernel(
         buffers = table_address + TABLE_BYTES + warp * (32 * ROW_BYTES)
         if ROW_BYTES > 0:
             stage_stream(words_ptr, strip, first, N, tiles, lane, buffers, RAW, WORDS, ROW_BYTES, ALIGNED)
+    next_u = words_ptr + tile_offset(strip, r, first, N, tiles, WORDS)
+    next_v = words_ptr + tile_offset(strip, r + 8, first, N, tiles, WORDS)
+    if CHUNKED:
+        ahead_u = load_chunks((), next_u, j, 0, FIRST)
+        ahead_v = load_chunks((), next_v, j, 0, FIRST)
+    else:
+        ahead_u = load_raw(next_u, 0, j, K, LATTICE, GROUPS)
+        ahead_v = load_raw(next_v, 0, j, K, LATTICE, GROUPS)
+    if not _INTERPRETED:
         wait_copies(lane)
         tl.debug_barrier()
     row_address = r * ROW_BYTES
     if ROW_BYTES > 0:
         row_address = row_address ^ (r * 16 % ROW_BYTES)
     address = buffers + row_address
-    row_scale_u = tl.full([32 * NUM_WARPS], 1.0, tl.float32)
-    row_scale_v = row_scale_u
+    divisor_u = tl.full([32 * NUM_WARPS], 1.0, tl.float32)
+    divisor_v = divisor_u
     if ROW_SCALE:
-        row_scale_u = tl.load(row_scale_ptr + row_u, mask=mask_u, other=1.0)
-        row_scale_v = tl.load(row_scale_ptr + row_v, mask=mask_v, other=1.0)
+        divisor_u = _row_scale(words_ptr, strip, r, j, N, tiles, WORDS, RAW, LARGEST)
+        divisor_v = _row_scale(words_ptr, strip, r + 8, j, N, tiles, WORDS, RAW, LARGEST)
+        mine = tl.program_id(1) + j == 0
+        tl.store(row_scale_ptr + row_u, divisor_u, mask=mask_u & mine)
+        tl.store(row_scale_ptr + row_v, divisor_v, mask=mask_v & mine)
     for t in range(first, end):
-        tile_u = words_ptr + tile_offset(strip, r, t, N, tiles, WORDS)
-        tile_v = words_ptr + tile_offset(strip, r + 8, t, N, tiles, WORDS)
+        tile_u = next_u
+        tile_v = next_v
+        next_u = words_ptr + tile_offset(strip, r, tl.minimum(t + 1, end - 1), N, tiles, WORDS)
+        next_v = words_ptr + tile_offset(strip, r + 8, tl.minimum(t + 1, end - 1), N, tiles, WORDS)
         address_u = address
         address_v = address + 8 * ROW_BYTES
         if ROW_BYTES > 0:
@@ -180,23 +353,73 @@ def decode_kernel(
         x_v = first_cursor(wall_v, j, END)
         first_u, second_u = first_words(tile_u + RAW, address_u, x_u, odd, STREAM, ROW_BYTES)
         first_v, second_v = first_words(tile_v + RAW, address_v, x_v, odd, STREAM, ROW_BYTES)
+        cursors = (first_u, second_u, x_u, first_v, second_v, x_v)
         out_u = out_ptr + row_u.to(tl.int64) * (tiles * TILE) + t * TILE + 8 * j
         out_v = out_ptr + row_v.to(tl.int64) * (tiles * TILE) + t * TILE + 8 * j
-        factor_u = scale_u / row_scale_u
-        factor_v = scale_v / row_scale_v
-        for g in range(GROUPS):
-            raw_u = load_raw(tile_u, g, j, K, LATTICE, GROUPS)
-            raw_v = load_raw(tile_v, g, j, K, LATTICE, GROUPS)
-            signs_u = restore_signs(raw_u, K, LATTICE)
-            signs_v = restore_signs(raw_v, K, LATTICE)
-            for v in tl.static_range(4):
-                e0, e1, first_u, second_u, x_u = next_quads(
-                    first_u, second_u, x_u, odd, tile_u + RAW, address_u, table_ptr, table_address, LENGTH_PLACE, STREAM, ROW_BYTES
+        odd_u = scale_u / divisor_u
+        odd_v = scale_v / divisor_v
+        even_u = odd_u
+        even_v = odd_v
+        if LATTICE == "a2":
+            even_u = odd_u * 1.7320508075688772
+            even_v = odd_v * 1.7320508075688772
+        outs = (out_u, out_v, even_u, odd_u, even_v, odd_v, mask_u, mask_v)
+        streams = (tile_u + RAW, tile_v + RAW, address_u, address_v)
+        if CHUNKED:
+            words_u = ahead_u
+            words_v = ahead_v
+            for g in tl.static_range(GROUPS):
+                if g + 1 < GROUPS:
+                    words_u = load_chunks(words_u, tile_u, j, (K * g + K - 1) // 4 + 1, (K * g + 2 * K - 1) // 4 + 1)
+                    words_v = load_chunks(words_v, tile_v, j, (K * g + K - 1) // 4 + 1, (K * g + 2 * K - 1) // 4 + 1)
+                else:
+                    ahead_u = load_chunks((), next_u, j, 0, FIRST)
+                    ahead_v = load_chunks((), next_v, j, 0, FIRST)
+                raw_u = ()
+                raw_v = ()
+                for w in tl.static_range(K):
+                    raw_u = raw_u + (words_u[K * g + w],)
+                    raw_v = raw_v + (words_v[K * g + w],)
+                cursors = _decode_group(
+                    raw_u,
+                    raw_v,
+                    cursors,
+                    odd,
+                    streams,
+                    table_ptr,
+                    table_address,
+                    outs,
+                    g * 128,
+                    LATTICE,
+                    K,
+                    SHIFT,
+                    LENGTH_PLACE,
+                    STREAM,
+                    ROW_BYTES,
+                    CODES,
                 )
-                f0, f1, first_v, second_v, x_v = next_quads(
-                    first_v, second_v, x_v, odd, tile_v + RAW, address_v, table_ptr, table_address, LENGTH_PLACE, STREAM, ROW_BYTES
+        else:
+            for g in range(GROUPS):
+                raw_u = ahead_u
+                raw_v = ahead_v
+                last = g + 1 == GROUPS
+                ahead_u = load_raw(tl.where(last, next_u, tile_u), (g + 1) % GROUPS, j, K, LATTICE, GROUPS)
+                ahead_v = load_raw(tl.where(last, next_v, tile_v), (g + 1) % GROUPS, j, K, LATTICE, GROUPS)
+                cursors = _decode_group(
+                    raw_u,
+                    raw_v,
+                    cursors,
+                    odd,
+                    streams,
+                    table_ptr,
+                    table_address,
+                    outs,
+                    g * 128,
+                    LATTICE,
+                    K,
+                    SHIFT,
+                    LENGTH_PLACE,
+                    STREAM,
+                    ROW_BYTES,
+                    CODES,
                 )
-                a0, a1 = decode_vector(e0, e1, v, signs_u, raw_u, K, SHIFT, LATTICE)
-                b0, b1 = decode_vector(f0, f1, v, signs_v, raw_v, K, SHIFT, LATTICE)
-                _store_vector(out_u + g * 128 + v * 32, a0, a1, factor_u, mask_u, LATTICE, CODES)
-                _store_vector(out_v + g * 128 + v * 32, b0, b1, factor_v, mask_v, LATTICE, CODES)

@@ -1,13 +1,14 @@
 """Fused linear layer for small batches: words to int8 codes in registers, straight into the tensor cores.
 
 Definition.  `out[m, n] = bias[n] + sum_t act_scale[t, m] * scale[n, t] * (sum_k codes[n, t, k] * x[m, t, k])`, inner sums exact in int32,
-             outer sums in fp32 in order of t.
+             outer sums in fp32 in order of t; plus `residual[m, n]` if there is one.
 Storage.     Activations as `hq_inductor.ops.kernels.activations` writes them.
 Work.        A warp owns 16 rows of the weight, and decodes two vectors at a time, one of row r and one of row r + 8: together the A operand
              of one `mma.m16n8k32`, which every 8 columns of the batch then use. While it decodes a tile, the stream plane of the next one
              is on its way to shared memory, and the raw words of the next group to registers.
              Tiles of a row may be split over several blocks: then parts go to memory, and the warp that finishes a row's last one adds
              them up, in order: the result does not depend on who that is.
+             Up to four weights of one format share a launch: their rows follow each other in the output, each weight starts a block.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def load_tables(table_ptr, address, thread, NUM_WARPS: tl.constexpr):
 
 
 @triton.jit
-def _load_chunks(words, tile_ptr, j, FIRST: tl.constexpr, LAST: tl.constexpr):
+def load_chunks(words, tile_ptr, j, FIRST: tl.constexpr, LAST: tl.constexpr):
     """`words` and the raw words 4 FIRST to 4 LAST of lane `j`."""
     for c in tl.static_range(FIRST, LAST):
         words = words + _load_16(tile_ptr + 16 * c + 4 * j)
@@ -179,21 +180,38 @@ def _multiply_group(
     return sums, (first_u, second_u, x_u, first_v, second_v, x_v), x_lane
 
 
+@triton.jit
+def _select(condition, a, b):
+    """Scalar choice of two pointers of one type."""
+    return tl.where(condition, a.to(tl.int64), b.to(tl.int64)).to(a.dtype)
+
+
 # one binary for all sizes
-@triton.jit(do_not_specialize=["M", "M_PAD", "N", "tiles"])
+@triton.jit(do_not_specialize=["M", "M_PAD", "N", "N1", "N2", "N3", "tiles"])
 def linear_kernel(
     words_ptr,  # [N, tiles, WORDS] int32
     table_ptr,  # [2, 4096] int32
     x_ptr,  # [tiles * TILE / 64, M_PAD, 64] int8
     act_scale_ptr,  # [tiles, M_PAD] fp32
     bias_ptr,  # [N], or anything if not HAS_BIAS
-    out_ptr,  # [M, N]
-    partial_ptr,  # [parts, M_PAD, N] fp32 if SPLIT
+    out_ptr,  # [M, N + N1 + N2 + N3]
+    partial_ptr,  # [parts, M_PAD, N + N1 + N2 + N3] fp32 if SPLIT
     counter_ptr,  # [blocks] int32 zeros if SPLIT
     M,
     M_PAD,
     N,
     tiles,
+    residual_ptr,  # [M, N + N1 + N2 + N3], rows stride_residual apart, or anything if not HAS_RESIDUAL
+    stride_residual,
+    words1_ptr,  # siblings, for SIBLINGS > 1, 2, 3
+    words2_ptr,
+    words3_ptr,
+    bias1_ptr,
+    bias2_ptr,
+    bias3_ptr,
+    N1,
+    N2,
+    N3,
     LATTICE: tl.constexpr,
     K: tl.constexpr,
     SHIFT: tl.constexpr,
@@ -208,6 +226,8 @@ def linear_kernel(
     COLUMNS: tl.constexpr,
     SPLIT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    SIBLINGS: tl.constexpr,
     NUM_WARPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -220,6 +240,38 @@ def linear_kernel(
     CHUNKED: tl.constexpr = ALIGNED and LATTICE != "d4" and GROUPS <= 4 and K * GROUPS % 4 == 0
     FIRST: tl.constexpr = (K - 1) // 4 + 1  # 16-byte loads that the first group needs
 
+    # the weight of this block, its first block, and the output column of its first row
+    block = tl.program_id(0)
+    total = N
+    column = 0
+    if SIBLINGS > 1:
+        rows = N
+        total = N + N1
+        blocks = (N + 16 * NUM_WARPS - 1) // (16 * NUM_WARPS)
+        other = block >= blocks
+        block = tl.where(other, block - blocks, block)
+        column = tl.where(other, rows, column)
+        words_ptr = _select(other, words1_ptr, words_ptr)
+        bias_ptr = _select(other, bias1_ptr, bias_ptr)
+        N = tl.where(other, N1, N)
+        if SIBLINGS > 2:
+            total += N2
+            blocks = (N1 + 16 * NUM_WARPS - 1) // (16 * NUM_WARPS)
+            other = other & (block >= blocks)
+            block = tl.where(other, block - blocks, block)
+            column = tl.where(other, column + N1, column)
+            words_ptr = _select(other, words2_ptr, words_ptr)
+            bias_ptr = _select(other, bias2_ptr, bias_ptr)
+            N = tl.where(other, N2, N)
+        if SIBLINGS > 3:
+            total += N3
+            blocks = (N2 + 16 * NUM_WARPS - 1) // (16 * NUM_WARPS)
+            other = other & (block >= blocks)
+            block = tl.where(other, block - blocks, block)
+            column = tl.where(other, column + N2, column)
+            words_ptr = _select(other, words3_ptr, words_ptr)
+            bias_ptr = _select(other, bias3_ptr, bias_ptr)
+            N = tl.where(other, N3, N)
     part = tl.program_id(1)
     m0 = tl.program_id(2) * COLUMNS
     thread = tl.arange(0, 32 * NUM_WARPS)
@@ -228,7 +280,7 @@ def linear_kernel(
     j = lane % 4
     r = lane // 4
     odd = lane % 2
-    strip = tl.program_id(0) * NUM_WARPS + warp
+    strip = block * NUM_WARPS + warp
     splits = tl.num_programs(1)
     first_tile = part * tiles // splits
     last_tile = (part + 1) * tiles // splits
@@ -247,8 +299,8 @@ def linear_kernel(
     tile_u = tile_offset(strip, r, first_tile, N, tiles, WORDS)
     tile_v = tile_offset(strip, r + 8, first_tile, N, tiles, WORDS)
     if CHUNKED:
-        ahead_u = _load_chunks((), words_ptr + tile_u, j, 0, FIRST)
-        ahead_v = _load_chunks((), words_ptr + tile_v, j, 0, FIRST)
+        ahead_u = load_chunks((), words_ptr + tile_u, j, 0, FIRST)
+        ahead_v = load_chunks((), words_ptr + tile_v, j, 0, FIRST)
     else:
         ahead_u = load_raw(words_ptr + tile_u, 0, j, K, LATTICE, GROUPS)
         ahead_v = load_raw(words_ptr + tile_v, 0, j, K, LATTICE, GROUPS)
@@ -298,13 +350,13 @@ def linear_kernel(
             for g in tl.static_range(GROUPS):
                 # what the next group needs is under way while this one is decoded
                 if g + 1 < GROUPS:
-                    words_u = _load_chunks(words_u, words_ptr + tile_u, j, (K * g + K - 1) // 4 + 1, (K * g + 2 * K - 1) // 4 + 1)
-                    words_v = _load_chunks(words_v, words_ptr + tile_v, j, (K * g + K - 1) // 4 + 1, (K * g + 2 * K - 1) // 4 + 1)
+                    words_u = load_chunks(words_u, words_ptr + tile_u, j, (K * g + K - 1) // 4 + 1, (K * g + 2 * K - 1) // 4 + 1)
+                    words_v = load_chunks(words_v, words_ptr + tile_v, j, (K * g + K - 1) // 4 + 1, (K * g + 2 * K - 1) // 4 + 1)
                 else:
                     next_u = tile_offset(strip, r, t + 1, N, tiles, WORDS)
                     next_v = tile_offset(strip, r + 8, t + 1, N, tiles, WORDS)
-                    ahead_u = _load_chunks((), words_ptr + next_u, j, 0, FIRST)
-                    ahead_v = _load_chunks((), words_ptr + next_v, j, 0, FIRST)
+                    ahead_u = load_chunks((), words_ptr + next_u, j, 0, FIRST)
+                    ahead_v = load_chunks((), words_ptr + next_v, j, 0, FIRST)
                 raw_u = ()
                 raw_v = ()
                 for w in tl.static_range(K):
@@ -392,9 +444,9 @@ def linear_kernel(
             for i in tl.static_range(4):
                 row = row_u if i < 2 else row_v
                 m = m0 + 8 * b + 2 * j + i % 2
-                tl.store(partial_ptr + (part * M_PAD + m).to(tl.int64) * N + row, totals[4 * b + i], mask=row < N)
+                tl.store(partial_ptr + (part * M_PAD + m).to(tl.int64) * total + (column + row), totals[4 * b + i], mask=row < N)
         # strips beyond the last row count too, in counters of their own
-        counter = tl.program_id(2) * tl.num_programs(0) * NUM_WARPS + strip
+        counter = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * NUM_WARPS + warp
         mine = mine & (_count_in(counter_ptr + counter, lane, NUM_WARPS) == splits - 1)
     for b in tl.static_range(BLOCKS):
         for i in tl.static_range(4):
@@ -406,7 +458,10 @@ def linear_kernel(
                 value = tl.zeros([32 * NUM_WARPS], tl.float32)
                 for s in range(splits):
                     # not from L1, which may hold what was there before
-                    value += tl.load(partial_ptr + (s * M_PAD + m).to(tl.int64) * N + row, mask=mask, other=0.0, cache_modifier=".cg")
+                    place = (s * M_PAD + m).to(tl.int64) * total + (column + row)
+                    value += tl.load(partial_ptr + place, mask=mask, other=0.0, cache_modifier=".cg")
             if HAS_BIAS:
                 value += tl.load(bias_ptr + row, mask=mask, other=0.0).to(tl.float32)
-            tl.store(out_ptr + m.to(tl.int64) * N + row, value.to(out_ptr.dtype.element_ty), mask=mask)
+            if HAS_RESIDUAL:
+                value += tl.load(residual_ptr + m.to(tl.int64) * stride_residual + (column + row), mask=mask, other=0.0).to(tl.float32)
+            tl.store(out_ptr + m.to(tl.int64) * total + (column + row), value.to(out_ptr.dtype.element_ty), mask=mask)

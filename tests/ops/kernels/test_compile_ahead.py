@@ -11,16 +11,14 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from hq_inductor.format.layout import TileLayout  # noqa: E402
 from hq_inductor.format.rates import weight_layout  # noqa: E402
-from hq_inductor.ops.fused_kv import attention_launch  # noqa: E402
-from hq_inductor.ops.kernels.activations import rotate_kernel, rotate_quantize_kernel  # noqa: E402
-from hq_inductor.ops.kernels.attention import attention_kernel, combine_kernel  # noqa: E402
+from hq_inductor.ops.kernels.activations import fp8_scale_kernel, rotate_kernel, rotate_quantize_kernel, row_statistics_kernel  # noqa: E402
 from hq_inductor.ops.kernels.decode import decode_kernel  # noqa: E402
-from hq_inductor.ops.kernels.kv_encode import encode_kernel  # noqa: E402
 from hq_inductor.ops.kernels.linear import linear_kernel  # noqa: E402
+from hq_inductor.ops.kernels.matmul import int8_matmul_kernel  # noqa: E402
 from hq_inductor.ops.kernels.shared import row_bytes  # noqa: E402
-from hq_inductor.ops.launch import REGISTERS, TIGHT_REGISTERS  # noqa: E402
+from hq_inductor.ops.launch import REGISTERS, TIGHT_REGISTERS, matmul_launch  # noqa: E402
+from hq_inductor.ops.prologue import NORMS, PROLOGUES  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -73,21 +71,22 @@ def layout_constants(lattice: str, bps: float, plain: bool = False) -> tuple[dic
 
 
 @pytest.mark.parametrize(
-    ("capability", "lattice", "bps", "columns", "registers"),
+    ("capability", "lattice", "bps", "columns", "registers", "siblings"),
     [
-        (80, "e8", 4.0, 8, TIGHT_REGISTERS),
-        (90, "e8", 4.0, 8, TIGHT_REGISTERS),
-        (100, "e8", 4.0, 8, TIGHT_REGISTERS),
-        (90, "e8", 4.0, 8, REGISTERS[8]),
-        (90, "e8", 4.0, 32, REGISTERS[32]),
-        (90, "e8", 3.5, 8, REGISTERS[8]),
-        (90, "d4", 3.0, 8, REGISTERS[8]),
-        (90, "e8", 2.0, 8, REGISTERS[8]),
+        (80, "e8", 4.0, 8, TIGHT_REGISTERS, 1),
+        (90, "e8", 4.0, 8, TIGHT_REGISTERS, 3),
+        (100, "e8", 4.0, 8, TIGHT_REGISTERS, 1),
+        (90, "e8", 4.0, 8, REGISTERS[8], 1),
+        (90, "e8", 4.0, 32, REGISTERS[32], 4),
+        (90, "e8", 3.5, 8, REGISTERS[8], 1),
+        (90, "d4", 3.0, 8, REGISTERS[8], 2),
+        (90, "e8", 2.0, 8, REGISTERS[8], 1),
     ],
 )
-def test_linear(capability, lattice, bps, columns, registers, tmp_path):
+def test_linear(capability, lattice, bps, columns, registers, siblings, tmp_path):
     constants, num_warps = layout_constants(lattice, bps)
     constants |= {"COLUMNS": columns, "SPLIT": True, "HAS_BIAS": True, "NUM_WARPS": num_warps, "PDL": capability >= 90}
+    constants |= {"HAS_RESIDUAL": True, "SIBLINGS": siblings}
     pointers = {
         "words_ptr": "*i32",
         "table_ptr": "*i32",
@@ -99,8 +98,15 @@ def test_linear(capability, lattice, bps, columns, registers, tmp_path):
         "counter_ptr": "*i32",
     }
     scalars = dict.fromkeys(("M", "M_PAD", "N", "tiles"), "i32")
+    residual = {"residual_ptr": "*bf16", "stride_residual": "i32"}
+    others = dict.fromkeys(("words1_ptr", "words2_ptr", "words3_ptr"), "*i32") | dict.fromkeys(
+        ("bias1_ptr", "bias2_ptr", "bias3_ptr"), "*bf16"
+    )
+    others |= dict.fromkeys(("N1", "N2", "N3"), "i32")
     options = {"maxnreg": registers} if registers else {}
-    sass, used, shared = compile_ahead(linear_kernel, {**pointers, **scalars}, constants, capability, num_warps, tmp_path, **options)
+    sass, used, shared = compile_ahead(
+        linear_kernel, {**pointers, **scalars, **residual, **others}, constants, capability, num_warps, tmp_path, **options
+    )
     tiles_loop = loop_of(sass, "IMMA")
     assert tiles_loop.count("IMMA") >= columns // 8 * 4
     spills = tiles_loop.count("LDL") + tiles_loop.count("STL")
@@ -110,130 +116,94 @@ def test_linear(capability, lattice, bps, columns, registers, tmp_path):
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("out", ["i8", "bf16", "fp32"])
+@pytest.mark.parametrize("out", ["i8", "fp8e4nv", "bf16", "fp32"])
 def test_decode(capability, out, tmp_path):
+    if capability < 89 and out == "fp8e4nv":
+        pytest.skip("no fp8 tensor cores")
     constants, num_warps = layout_constants("e8", 4.0, plain=True)
-    constants |= {"CODES": out == "i8", "ROW_SCALE": False, "NUM_WARPS": num_warps}
+    constants |= {"CODES": out == "i8", "ROW_SCALE": out == "fp8e4nv", "LARGEST": 64.0, "NUM_WARPS": num_warps}
     signature = {"words_ptr": "*i32", "table_ptr": "*i32", "row_scale_ptr": "*fp32", "out_ptr": f"*{out}", "scale_ptr": "*fp32"}
     sass, _, _ = compile_ahead(decode_kernel, {**signature, "N": "i32", "tiles": "i32"}, constants, capability, num_warps, tmp_path)
+    assert sass.count("LDL") + sass.count("STL") <= sass.count(";") // 100, "spilled registers"
+    assert ("STG.E.64" if out in ("i8", "fp8e4nv") else "STG.E.128") in sass
+
+
+ACTIVATIONS = {"x_ptr": "*bf16", "gate_ptr": "*bf16", "norm_weight_ptr": "*bf16", "norm_bias_ptr": "*bf16"}
+
+
+def prologue_constants(name: str) -> dict:
+    return {"PROLOGUE": name, "HAS_WEIGHT": name in NORMS, "HAS_BIAS": name == "layer_norm"}
+
+
+@pytest.mark.parametrize(("capability", "prologue"), [(80, "none"), (80, "layer_norm"), (100, "rms_norm"), *((90, p) for p in PROLOGUES)])
+def test_rotate_quantize(capability, prologue, tmp_path):
+    constants = {"TILE": 512, "BLOCK": 512, "PARTS": 1, "SEED": 0, "HAS_SCALE": True, "LATTICE": "e8", "ALIGNED": True}
+    pointers = {**ACTIVATIONS, "pre_scale_ptr": "*bf16", "q_ptr": "*i8", "act_scale_ptr": "*fp32", "counter_ptr": "*i32"}
+    scalars = {**dict.fromkeys(("M", "M_PAD", "in_features", "stride_xm", "stride_gm", "counters"), "i32"), "eps": "fp32"}
+    constants |= {"PDL": capability >= 90, **prologue_constants(prologue)}
+    sass, _, _ = compile_ahead(rotate_quantize_kernel, {**pointers, **scalars}, constants, capability, 1, tmp_path)
     assert "LDL" not in sass and "STL" not in sass, "spilled registers"
-    assert ("STG.E.64" if out == "i8" else "STG.E.128") in sass
-
-
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_rotate_quantize(capability, tmp_path):
-    constants = {"TILE": 512, "BLOCK": 512, "PARTS": 1, "SEED": 0, "HAS_SCALE": True, "LATTICE": "e8", "PDL": capability >= 90}
-    signature = {"x_ptr": "*bf16", "pre_scale_ptr": "*bf16", "q_ptr": "*i8", "act_scale_ptr": "*fp32", "counter_ptr": "*i32"}
-    scalars = dict.fromkeys(("M", "M_PAD", "in_features", "stride_xm", "counters"), "i32")
-    sass, _, _ = compile_ahead(rotate_quantize_kernel, {**signature, **scalars}, constants, capability, 1, tmp_path)
-    assert "LDL" not in sass and "STL" not in sass, "spilled registers"
-
-
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_rotate(capability, tmp_path):
-    constants = {"TILE": 384, "BLOCK": 128, "PARTS": 4, "SEED": 7, "HAS_SCALE": False}
-    signature = {"x_ptr": "*bf16", "pre_scale_ptr": "*bf16", "out_ptr": "*bf16", "in_features": "i32", "stride_xm": "i32", "tiles": "i32"}
-    sass, _, _ = compile_ahead(rotate_kernel, signature, constants, capability, 1, tmp_path)
-    assert "LDL" not in sass and "STL" not in sass, "spilled registers"
-
-
-def slot_layout(bps: float, tile: int) -> TileLayout:
-    return TileLayout("e8", tile, int(8 * bps), int(tile * bps) // 32)
-
-
-ATTENTION_SCALARS = ("max_tokens", "sinks", "window", "sliding_window")
+    assert "LDG.E.U16" not in sass and "LDG.E.128" in sass
 
 
 @pytest.mark.parametrize(
-    ("capability", "bps", "head_dim", "two_codes"),
-    [(80, 4.0, 128, False), (90, 4.0, 128, False), (90, 2.0, 128, True), (90, 4.0, 256, False), (100, 3.0, 64, False)],
+    ("capability", "prologue", "out"),
+    [
+        (80, "none", "bf16"),
+        (80, "none", "i8"),
+        (90, "layer_norm", "bf16"),
+        (90, "silu_mul", "i8"),
+        (90, "rms_norm", "fp8e4nv"),
+        (100, "none", "fp8e4nv"),
+    ],
 )
-def test_attention(capability, bps, head_dim, two_codes, tmp_path):
-    layout = slot_layout(bps, max(128, head_dim))
-    launch = attention_launch(8, 32768, 132, layout, layout)
-    assert launch.splits > 1
-    constants = {
-        "TILE": layout.tile,
-        "TWO_CODES": two_codes,
-        "WALL_UNIT": layout.wall_unit,
-        "HEAD_DIM": head_dim,
-        "JOIN": layout.tile // head_dim,
-        "HAS_START": False,
-        "HAS_MASK": True,
-        "SPLIT": True,
-        "NUM_WARPS": launch.num_warps,
-        "PDL": capability >= 90,
-    }
-    for side in "KV":
-        constants |= {
-            f"{side}_RICE": layout.rice_parameter,
-            f"{side}_SHIFT": layout.kernel_shift,
-            f"{side}_GAIN": layout.kernel_shift - layout.shift,
-            f"{side}_PLACE": layout.kernel_length_place,
-            f"{side}_WORDS": layout.words,
-        }
-    pointers = {
-        "query_ptr": "*bf16",
-        "k_ptr": "*i32",
-        "v_ptr": "*i32",
-        "table_ptr": "*i32",
-        "k_exact_ptr": "*bf16",
-        "v_exact_ptr": "*bf16",
-        "length_ptr": "*i64",
-        "start_ptr": "*i64",
-        "mask_ptr": "*i8",
-        "out_ptr": "*bf16",
-        "partial_ptr": "*fp32",
-        "state_ptr": "*fp32",
-        "scratch_ptr": "*i32",
-    }
-    sizes = ("queries", "group", "heads", "kv_heads", *ATTENTION_SCALARS)
-    strides = ("stride_qb", "stride_qh", "stride_qs", "stride_mb", "stride_ms")
-    signature = {**pointers, "scale": "fp32", **dict.fromkeys(sizes + strides, "i32")}
-    sass, used, shared = compile_ahead(
-        attention_kernel, signature, constants, capability, launch.num_warps, tmp_path, maxnreg=launch.registers
-    )
-    tokens_loop = loop_of(sass, "IMMA")
-    assert tokens_loop.count("IMMA") == tokens_loop.count("HMMA") == 8 * layout.tile // 128
-    assert "LDL" not in tokens_loop and "STL" not in tokens_loop, "spilled registers where it is hot"
-    assert used <= launch.registers and shared <= 49152 + 1024
+def test_rotate(capability, prologue, out, tmp_path):
+    constants = {"TILE": 384, "BLOCK": 128, "PARTS": 4, "SEED": 7, "HAS_SCALE": False, "ALIGNED": True, **prologue_constants(prologue)}
+    pointers = {**ACTIVATIONS, "statistics_ptr": "*fp32", "pre_scale_ptr": "*bf16", "out_ptr": f"*{out}", "scale_ptr": "*fp32"}
+    scalars = dict.fromkeys(("in_features", "stride_xm", "stride_gm", "tiles"), "i32")
+    sass, _, _ = compile_ahead(rotate_kernel, {**pointers, **scalars}, {**constants, "LATTICE": "e8"}, capability, 1, tmp_path)
+    assert "LDL" not in sass and "STL" not in sass, "spilled registers"
+
+
+@pytest.mark.parametrize("prologue", ["none", "rms_norm_cast", "silu_mul"])
+def test_fp8_scale(prologue, tmp_path):
+    constants = {"TILE": 384, "PADDED": 512, "HAS_SCALE": True, "ALIGNED": True, **prologue_constants(prologue)}
+    pointers = {**ACTIVATIONS, "statistics_ptr": "*fp32", "pre_scale_ptr": "*bf16", "scale_ptr": "*fp32"}
+    scalars = dict.fromkeys(("in_features", "stride_xm", "stride_gm", "tiles"), "i32")
+    sass, _, _ = compile_ahead(fp8_scale_kernel, {**pointers, **scalars}, constants, 90, 4, tmp_path)
+    assert "LDL" not in sass and "STL" not in sass, "spilled registers"
+
+
+@pytest.mark.parametrize("prologue", ["rms_norm", "layer_norm"])
+def test_row_statistics(prologue, tmp_path):
+    signature = {"x_ptr": "*bf16", "statistics_ptr": "*fp32", "in_features": "i32", "stride_xm": "i32", "eps": "fp32"}
+    sass, _, _ = compile_ahead(row_statistics_kernel, signature, {"PROLOGUE": prologue, "ALIGNED": True}, 90, 4, tmp_path)
+    assert "LDL" not in sass and "STL" not in sass, "spilled registers"
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
-def test_combine(capability, tmp_path):
-    constants = {"TILE": 128, "HEAD_DIM": 128, "JOIN": 1, "STEP": 64, "PDL": capability >= 90}
-    pointers = {"partial_ptr": "*fp32", "state_ptr": "*fp32", "out_ptr": "*bf16"}
-    sizes = ("queries", "group", "heads", "kv_heads", "splits", "column_blocks")
-    sass, _, _ = compile_ahead(combine_kernel, {**pointers, **dict.fromkeys(sizes, "i32")}, constants, capability, 4, tmp_path)
-    assert "LDL" not in sass and "STL" not in sass, "spilled registers"
-
-
-@pytest.mark.parametrize(("capability", "bps", "effort"), [(80, 4.0, 1), (90, 4.0, 1), (90, 2.0, 0), (100, 3.0, 1)])
-def test_encode(capability, bps, effort, tmp_path):
-    layout = slot_layout(bps, 128)
+@pytest.mark.parametrize("batch", [64, 4096])
+def test_int8_matmul(capability, batch, tmp_path):
+    launch = matmul_launch(batch, 4096, 8, 132)
     constants = {
-        "K": layout.rice_parameter,
-        "CLASSES": layout.classes,
-        "LIMIT": layout.max_magnitude + 1,
-        "TILE": layout.tile,
-        "WORDS": layout.words,
-        "WALL_UNIT": layout.wall_unit,
-        "HEAD_DIM": 128,
-        "JOIN": 1,
-        "VECTORS": 16,
-        "STREAM_PAD": triton.next_power_of_2(layout.stream_words),
-        "EFFORT": effort,
-        "PDL": capability >= 90,
+        "TILE": 512,
+        "HAS_BIAS": True,
+        "BLOCK_M": launch.block_m,
+        "BLOCK_N": launch.block_n,
+        "BLOCK_K": launch.block_k,
+        "GROUP_M": 8,
     }
-    pointers = {
-        "x_ptr": "*bf16",
-        "position_ptr": "*i64",
-        "words_ptr": "*i32",
-        "lengths_ptr": "*i32",
-        "codewords_ptr": "*i32",
-        "bits_ptr": "*fp32",
+    signature = {
+        "x_ptr": "*i8",
+        "act_scale_ptr": "*fp32",
+        "codes_ptr": "*i8",
+        "scale_ptr": "*fp32",
+        "bias_ptr": "*bf16",
+        "out_ptr": "*bf16",
     }
-    sizes = ("heads", "all_heads", "max_tokens", "stride_xb", "stride_xh", "stride_xs")
-    signature = {**pointers, **dict.fromkeys(sizes, "i32"), **dict.fromkeys(("price", "start_rms", "overload"), "fp32")}
-    sass, _, _ = compile_ahead(encode_kernel, signature, constants, capability, 8, tmp_path)
-    assert "LDL" not in sass and "STL" not in sass, "spilled registers"
+    scalars = dict.fromkeys(("M", "N", "tiles"), "i32")
+    sass, _, _ = compile_ahead(
+        int8_matmul_kernel, {**signature, **scalars}, constants, capability, launch.num_warps, tmp_path, num_stages=launch.stages
+    )
+    assert "IMMA" in sass or "IGMMA" in sass or "UTC" in sass
+    assert sass.count("LDL") + sass.count("STL") <= sass.count(";") // 50

@@ -1,0 +1,410 @@
+"""A KV cache of entropy-coded slots for one attention layer, and the two functions that it is made of.
+
+Definition.  `kv_encode` rotates new keys or values and writes them to slots and exact buffers; `kv_attention` rotates queries, attends over
+             both and rotates the result back. `QuantizedKV` holds the tensors of a layer and calls them.
+Invariants.  All tensors are allocated once and changed in place; the number of tokens is a tensor on the device. So a step has static
+             shapes, needs no host sync, and compiles into one graph or a CUDA graph. What does not fit is refused before anything is
+             written; where lengths are unknown to the host (compiled, or on CUDA after compiled steps), tokens beyond the end are dropped.
+Why exact tokens.  Attention looks most at the first tokens and at the newest. Sixty-eight of them in bf16 are little beside thousands.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .format.dither import check_dither
+from .format.kv import KVLayout, exact_index, kv_layout
+from .format.quantizer import check_effort
+from .format.rates import check_rate
+from .format.rotation import check_rotation, role_seed, rotation_matrix
+from .ops.attention import merge_exact
+from .ops.kv import write_rows
+
+# kernels read slots of this many tokens at a time
+TOKEN_BLOCK = 16
+
+
+@dataclass(frozen=True)
+class KVConfig:
+    """How keys and values are stored.
+
+    Args:
+        k_bps, v_bps: bits per value, everything in the slots included; a multiple of 1/8 from 1.75 to 6. The same rate for both is faster.
+        lattice: one of `"e8"`, `"d4"`, `"a2"`, `"z"`.
+        rotation: `"haar"`, `"hadamard"` or `"none"` (`hq_inductor.format.rotation`).
+        window: newest tokens that are also kept exact.
+        sinks: first tokens that are also kept exact.
+        effort: encoder's effort, 0 to 2 (`hq_inductor.format.quantizer`).
+        dither: None, `"half"` or `"full"` (`hq_inductor.format.dither`): unbiased, coarser and slower.
+        seed: of rotations and dither.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range.
+    """
+
+    k_bps: float = 4.0
+    v_bps: float = 4.0
+    lattice: str = "e8"
+    rotation: str = "haar"
+    window: int = 64
+    sinks: int = 4
+    effort: int = 1
+    dither: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_rate(self.k_bps, self.lattice)
+        check_rate(self.v_bps, self.lattice)
+        check_rotation(self.rotation)
+        check_effort(self.effort)
+        check_dither(self.dither)
+        for name in ("window", "sinks"):
+            number = getattr(self, name)
+            if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+                raise ValueError(f"{name} must be an integer of at least 0, got {number!r}")
+
+
+def _rotate(x: torch.Tensor, matrix: torch.Tensor | None) -> torch.Tensor:
+    return x if matrix is None else x @ matrix.to(x.dtype)
+
+
+def _check_words(name: str, words: torch.Tensor, layout: KVLayout) -> None:
+    if words.shape[-1] != layout.tile.words:
+        bps = 32 * layout.tile.words / layout.tile.tile
+        raise ValueError(f"{name} must have {layout.tile.words} words per slot ({bps:g} bits per value), got {words.shape[-1]}")
+
+
+@torch.no_grad()
+def kv_encode(
+    words: torch.Tensor,
+    exact: torch.Tensor,
+    x: torch.Tensor,
+    position: torch.Tensor,
+    layout: KVLayout,
+    rotation: torch.Tensor | None = None,
+    *,
+    sinks: int,
+    window: int,
+    effort: int = 1,
+    dither: str | None = None,
+    seed: int = 0,
+) -> None:
+    """Write new keys or values of a layer into its cache, in place.
+
+    Args:
+        words: int32 `[B, slots, max_tokens, words]`.
+        exact: `[B, kv_heads, sinks + window, head_dim]`.
+        x: `[B, kv_heads, S, head_dim]`, not rotated.
+        position: int64 `[S]` on the device, consecutive; those outside of `[0, max_tokens)` are not written.
+        layout: from `hq_inductor.format.kv.kv_layout`.
+        rotation: `[head_dim, head_dim]`, applied from the right, or None.
+        sinks, window, effort, dither, seed: see `KVConfig`; `seed` is that of layer and role.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or rates do not fit together.
+    """
+    _check_words("words", words, layout)
+    if x.shape[-1] != layout.head_dim:
+        raise ValueError(f"x must have head_dim={layout.head_dim}, got {x.shape[-1]}")
+    x = _rotate(x, rotation)
+    lattice, tile, code = layout.tile.lattice, layout.tile.tile, layout.tile.code
+    torch.ops.hyperquant.kv_store(words, x, position, lattice, tile, code, effort, dither, seed)
+    index = exact_index(position, sinks, window)
+    newest = (position < sinks) | (position > position[-1:] - window)
+    inside = (position >= 0) & (position < words.shape[2])
+    write_rows(exact, torch.where(newest & inside, index, -1), x.to(exact.dtype))
+
+
+@torch.no_grad()
+def kv_attention(
+    query: torch.Tensor,
+    k_words: torch.Tensor,
+    v_words: torch.Tensor,
+    k_exact: torch.Tensor,
+    v_exact: torch.Tensor,
+    length: torch.Tensor,
+    k_layout: KVLayout,
+    v_layout: KVLayout,
+    k_rotation: torch.Tensor | None = None,
+    v_rotation: torch.Tensor | None = None,
+    *,
+    sinks: int,
+    window: int,
+    start: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    sliding_window: int = 0,
+    dither: str | None = None,
+    k_seed: int = 0,
+    v_seed: int = 0,
+) -> torch.Tensor:
+    """Causal attention of the newest tokens over a cache that `kv_encode` has written, theirs included.
+
+    Args:
+        query: `[B, Hq, S, head_dim]`, not rotated; the S newest tokens.
+        k_words, v_words, k_exact, v_exact: as for `kv_encode`.
+        length: int64 `[1]` on the device, tokens stored.
+        start: int64 `[B]`, first position that counts (left padding), or None.
+        mask: bool (true: seen) or added to the scores, `[B or 1, 1 or Hq, S, max_tokens or more]`, or None.
+        scale: of the scores; None: `head_dim ** -0.5`.
+        sliding_window: positions that a query sees, its own included; 0: all.
+
+    Returns:
+        `[B, Hq, S, head_dim]`, dtype of `query`; zeros where nothing is seen.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or rates do not fit together.
+    """
+    _check_words("k_words", k_words, k_layout)
+    _check_words("v_words", v_words, v_layout)
+    if query.shape[-1] != k_layout.head_dim:
+        raise ValueError(f"query must have head_dim={k_layout.head_dim}, got {query.shape[-1]}")
+    out = torch.ops.hyperquant.kv_attention(
+        _rotate(query, k_rotation),
+        k_words,
+        v_words,
+        k_exact,
+        v_exact,
+        length,
+        start,
+        mask,
+        query.shape[-1] ** -0.5 if scale is None else scale,
+        sinks,
+        window,
+        sliding_window,
+        k_layout.tile.lattice,
+        k_layout.tile.tile,
+        k_layout.tile.code,
+        v_layout.tile.code,
+        dither,
+        k_seed,
+        v_seed,
+    )
+    return _rotate(out, None if v_rotation is None else v_rotation.t())
+
+
+class QuantizedKV:
+    """The keys and values of one attention layer.
+
+    Args:
+        config: how they are stored.
+        batch, kv_heads, head_dim: of the keys and values.
+        max_tokens: tokens that fit, rounded up to a multiple of 16.
+        layer: index of the layer, for its rotations and dither.
+        sliding_window: positions that a query sees, its own included; 0: all. Older tokens are kept.
+        dtype: of the exact tokens.
+
+    Attributes:
+        k_words, v_words: int32 `[B, slots, max_tokens, words]`.
+        k_exact, v_exact: `[B, kv_heads, sinks + window, head_dim]`, rotated.
+        length: int64 `[1]`, tokens stored.
+        start: int64 `[B]`, first position of each row that counts; None: 0. Set it for left-padded batches.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        config: KVConfig,
+        batch: int,
+        kv_heads: int,
+        head_dim: int,
+        max_tokens: int,
+        *,
+        layer: int = 0,
+        sliding_window: int = 0,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        for name, number in (("batch", batch), ("kv_heads", kv_heads), ("max_tokens", max_tokens)):
+            if number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}")
+        if not dtype.is_floating_point:
+            raise TypeError(f"dtype must be floating point, got {dtype}")
+        self.config, self.layer, self.sliding_window = config, layer, sliding_window
+        self.k_layout = kv_layout(head_dim, config.k_bps, config.lattice, config.dither)
+        self.v_layout = kv_layout(head_dim, config.v_bps, config.lattice, config.dither)
+        self.max_tokens = -(-max_tokens // TOKEN_BLOCK) * TOKEN_BLOCK
+        self.kv_heads, self.head_dim = kv_heads, head_dim
+        # ordinary tensors, also where a first call under inference mode allocates them
+        with torch.inference_mode(False):
+            self.k_words, self.v_words = (
+                torch.zeros(batch, layout.slots(kv_heads), self.max_tokens, layout.tile.words, dtype=torch.int32, device=device)
+                for layout in (self.k_layout, self.v_layout)
+            )
+            shape = (batch, kv_heads, config.sinks + config.window, head_dim)
+            self.k_exact, self.v_exact = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+            self.length = torch.zeros(1, dtype=torch.int64, device=device)
+        self.start: torch.Tensor | None = None
+        # a lower bound of the length: steps that are compiled do not count
+        self._counted = 0
+        rotations = (
+            None
+            if config.rotation == "none"
+            else rotation_matrix(config.rotation, head_dim, config.seed, layer, role, self.length.device, dtype)
+            for role in ("k", "v")
+        )
+        self.k_rotation, self.v_rotation = rotations
+        self.k_seed, self.v_seed = (role_seed(config.seed, layer, role) for role in ("k", "v"))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What is stored, by name. None of them is ever replaced but by `select_batch`."""
+        return {name: getattr(self, name) for name in ("k_words", "v_words", "k_exact", "v_exact", "length")}
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of slots and exact tokens."""
+        return sum(t.numel() * t.element_size() for name, t in self.tensors().items() if name != "length")
+
+    @property
+    def slot_bits_per_value(self) -> float:
+        """Bits per key or value of the slots alone, padding of heads included."""
+        return (self.k_layout.bits_per_value(self.kv_heads) + self.v_layout.bits_per_value(self.kv_heads)) / 2
+
+    def _check(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        batch = self.k_words.shape[0]
+        for name, x in (("k", k), ("v", v)):
+            if x.dim() != 4 or (x.shape[0], x.shape[1], x.shape[3]) != (batch, self.kv_heads, self.head_dim) or x.shape != k.shape:
+                wanted = f"[{batch}, {self.kv_heads}, S, {self.head_dim}]"
+                raise ValueError(f"{name} must have shape {wanted}, the same as the other, got {tuple(x.shape)}")
+            if not x.dtype.is_floating_point:
+                raise TypeError(f"{name} must be floating point, got {x.dtype}")
+            if x.device != self.length.device:
+                raise ValueError(f"{name} must be on {self.length.device}, where the cache is, got {x.device}")
+        tokens = k.shape[2]
+        stored = 0 if torch.compiler.is_compiling() else int(self.length) if not self.length.is_cuda else self._counted
+        if stored + tokens > self.max_tokens:
+            raise ValueError(f"the cache is full: max_tokens must be at least {stored + tokens}, got {self.max_tokens}")
+
+    def store(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Append tokens.
+
+        Args:
+            k, v: `[B, kv_heads, S, head_dim]`, floating point, k after the position embedding.
+
+        Raises:
+            ValueError, TypeError: they do not fit the cache, or the cache is full; then nothing is written.
+        """
+        self._check(k, v)
+        tokens, config = k.shape[2], self.config
+        if tokens == 0:
+            return
+        position = self.length + torch.arange(tokens, device=self.length.device)
+        for words, exact, x, layout, rotation, seed in (
+            (self.k_words, self.k_exact, k, self.k_layout, self.k_rotation, self.k_seed),
+            (self.v_words, self.v_exact, v, self.v_layout, self.v_rotation, self.v_seed),
+        ):
+            kv_encode(
+                words,
+                exact,
+                x,
+                position,
+                layout,
+                rotation,
+                sinks=config.sinks,
+                window=config.window,
+                effort=config.effort,
+                dither=config.dither,
+                seed=seed,
+            )
+        self.length.add_(tokens)
+        if not torch.compiler.is_compiling():
+            self._counted += tokens
+
+    def attend(self, query: torch.Tensor, mask: torch.Tensor | None = None, scale: float | None = None) -> torch.Tensor:
+        """Attention of the S newest tokens, `[B, Hq, S, head_dim]`; arguments as of `kv_attention`."""
+        return kv_attention(
+            query,
+            self.k_words,
+            self.v_words,
+            self.k_exact,
+            self.v_exact,
+            self.length,
+            self.k_layout,
+            self.v_layout,
+            self.k_rotation,
+            self.v_rotation,
+            sinks=self.config.sinks,
+            window=self.config.window,
+            start=self.start,
+            mask=mask,
+            scale=scale,
+            sliding_window=self.sliding_window,
+            dither=self.config.dither,
+            k_seed=self.k_seed,
+            v_seed=self.v_seed,
+        )
+
+    def _load(self, words: torch.Tensor, layout: KVLayout, seed: int) -> torch.Tensor:
+        tile, dtype = layout.tile, self.k_exact.dtype
+        return torch.ops.hyperquant.kv_load(words, self.head_dim, tile.lattice, tile.tile, tile.code, dtype, self.config.dither, seed)
+
+    @torch.no_grad()
+    def dequantize(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of all positions, not rotated, `[B, kv_heads, max_tokens, head_dim]`; those beyond `length` are arbitrary."""
+        out = []
+        for words, exact, layout, rotation, seed in (
+            (self.k_words, self.k_exact, self.k_layout, self.k_rotation, self.k_seed),
+            (self.v_words, self.v_exact, self.v_layout, self.v_rotation, self.v_seed),
+        ):
+            states = merge_exact(self._load(words, layout, seed), exact, self.length, self.config.sinks, self.config.window)
+            out.append(_rotate(states, None if rotation is None else rotation.t()))
+        return out[0], out[1]
+
+    @torch.no_grad()
+    def crop(self, tokens: int) -> None:
+        """Forget the newest `tokens` tokens. Tokens that come back into the window are exact no more: their slots are decoded.
+
+        Raises:
+            ValueError: `tokens` is negative, or more than are stored, where the host knows.
+        """
+        if tokens < 0 or (not self.length.is_cuda and tokens > int(self.length)):
+            raise ValueError(f"tokens must be from 0 to the {int(self.length)} stored, got {tokens}")
+        sinks, window = self.config.sinks, self.config.window
+        self.length.sub_(tokens).clamp_(min=0)
+        self._counted = max(0, self._counted - tokens)
+        returning = min(tokens, window)
+        if returning == 0:
+            return
+        # the window's oldest, whose places the forgotten tokens took; sinks were never overwritten
+        position = self.length - window + torch.arange(returning, device=self.length.device)
+        index = torch.where(position >= sinks, exact_index(position, sinks, window), -1)
+        for words, exact, layout, seed in (
+            (self.k_words, self.k_exact, self.k_layout, self.k_seed),
+            (self.v_words, self.v_exact, self.v_layout, self.v_seed),
+        ):
+            # dither is keyed by position: decoding all of them is the plain way to it
+            kept = position.clamp(0, self.max_tokens - 1)
+            if self.config.dither is None:
+                states = self._load(words.index_select(2, kept), layout, seed)
+            else:
+                states = self._load(words, layout, seed).index_select(2, kept)
+            write_rows(exact, index, states[:, : self.kv_heads])
+
+    @torch.no_grad()
+    def reorder(self, index: torch.Tensor) -> None:
+        """Row b becomes what row `index[b]` was, int64 `[B]`, in place (beam search)."""
+        index = index.to(self.length.device)
+        for name, tensor in self.tensors().items():
+            if name != "length":
+                tensor.copy_(tensor.index_select(0, index))
+        if self.start is not None:
+            self.start = self.start.index_select(0, index)
+
+    @torch.no_grad()
+    def select_batch(self, index: torch.Tensor) -> None:
+        """As `reorder`, with any number of rows: allocates new tensors."""
+        index = index.to(self.length.device)
+        for name, tensor in self.tensors().items():
+            if name != "length":
+                setattr(self, name, tensor.index_select(0, index))
+        if self.start is not None:
+            self.start = self.start.index_select(0, index)
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.length.zero_()
+        self.start, self._counted = None, 0

@@ -1,0 +1,167 @@
+"""`hyperquant::kv_store` and `hyperquant::kv_load`: rotated keys or values to the slots of a cache and back.
+
+Definition.  `kv_store` codes tokens at given positions in place, `kv_load` decodes all positions. `hq_inductor.format.kv` has the storage,
+             `hq_inductor.ops.attention` the attention that reads it.
+Invariants.  No host sync. Positions outside the cache are not written. Any words are read without error; corrupt ones give wrong finite
+             numbers.
+Choice.      On CUDA `kv_load` is the decode kernel. Dither (`hq_inductor.format.dither`) is plain PyTorch everywhere.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..format.dither import check_dither, dither_vectors, quantize_dithered
+from ..format.kv import join_heads, split_heads
+from ..format.lattice import embed
+from ..format.layout import TileLayout
+from ..format.quantizer import check_effort, quantize_tiles
+from ..format.rate_table import RATE_TABLE
+from ..format.rice import encode_tiles
+from .decode import decode_words
+from .registry import check_floating, register, tile_layout
+
+
+def check_words(name: str, words: torch.Tensor, lattice: str, tile: int, code: int) -> TileLayout:
+    """The layout of slots `[B, slots, max_tokens, W]`, or `TypeError` / `ValueError`."""
+    if words.dtype != torch.int32:
+        raise TypeError(f"{name} must be int32, got {words.dtype}")
+    if words.dim() != 4:
+        raise ValueError(f"{name} must be [B, slots, max_tokens, words], got shape {tuple(words.shape)}")
+    return tile_layout(lattice, tile, code, int(words.shape[-1]))
+
+
+def slot_heads(tile: int, head_dim: int) -> int:
+    """Heads per slot, or `ValueError`."""
+    if head_dim < 1 or tile % head_dim:
+        raise ValueError(f"head_dim must divide tile={tile}, got {head_dim}")
+    return tile // head_dim
+
+
+def write_rows(target: torch.Tensor, index: torch.Tensor, rows: torch.Tensor) -> None:
+    """`target[:, :, index] = rows` in place, without host sync; indices out of range are skipped, others must differ.
+
+    Args:
+        target: `[B, H, N, D]`.
+        index: int64 `[S]`.
+        rows: `[B, H, S, D]`.
+    """
+    size, tokens = target.shape[2], index.shape[0]
+    valid = (index >= 0) & (index < size)
+    if tokens == 1:
+        place = index.clamp(0, size - 1)
+        target.index_copy_(2, place, torch.where(valid[:, None], rows, target.index_select(2, place)))
+        return
+    # which row each place takes; one place more catches what is out of range
+    arrival = torch.arange(tokens, device=index.device)
+    source = torch.full((size + 1,), -1, device=index.device).scatter(0, torch.where(valid, index, size), arrival)[:size]
+    target.copy_(torch.where(source[:, None] >= 0, rows.index_select(2, source.clamp(min=0)), target))
+
+
+def _check_store(words, x, position, lattice, tile, code, effort, dither) -> TileLayout:
+    layout = check_words("words", words, lattice, tile, code)
+    check_floating("x", x)
+    check_effort(effort)
+    check_dither(dither)
+    if x.dim() != 4 or x.shape[0] != words.shape[0]:
+        raise ValueError(f"x must be [B, heads, S, head_dim] with B={words.shape[0]}, got shape {tuple(x.shape)}")
+    join = slot_heads(tile, x.shape[3])
+    if -(-x.shape[1] // join) != words.shape[1]:
+        raise ValueError(f"x must have heads for {words.shape[1]} slots of {join}, got {x.shape[1]} heads")
+    if position.dtype != torch.int64 or position.shape != (x.shape[2],):
+        raise ValueError(f"position must be int64 [{x.shape[2]}], got {position.dtype} {tuple(position.shape)}")
+    return layout
+
+
+def _kv_store(
+    words: torch.Tensor,
+    x: torch.Tensor,
+    position: torch.Tensor,
+    lattice: str,
+    tile: int,
+    code: int,
+    effort: int,
+    dither: str | None = None,
+    seed: int = 0,
+) -> None:
+    layout = _check_store(words, x, position, lattice, tile, code, effort, dither)
+    if x.numel() == 0:
+        return
+    tiles = join_heads(x, tile // x.shape[3]).to(torch.float32)
+    shape, flat = tiles.shape, tiles.reshape(-1, tile)
+    start_rms = RATE_TABLE[lattice][code].start_rms
+    if dither is None:
+        codes, scale = quantize_tiles(flat, layout, start_rms, effort)
+    else:
+        u = dither_vectors(dither, seed, shape[1], position, layout)
+        codes, scale = quantize_dithered(flat, u.expand(shape).reshape(-1, tile), layout, start_rms, dither)
+    write_rows(words, position, encode_tiles(codes, scale, layout).view(*shape[:3], -1))
+
+
+def _kv_store_fake(words, x, position, lattice, tile, code, effort, dither=None, seed=0) -> None:
+    _check_store(words, x, position, lattice, tile, code, effort, dither)
+
+
+register(
+    "kv_store(Tensor(a!) words, Tensor x, Tensor position, str lattice, int tile, int code, int effort, str? dither=None, "
+    "int seed=0) -> ()",
+    _kv_store_fake,
+    CPU=_kv_store,
+    CUDA=_kv_store,
+)
+
+
+def _check_load(words, head_dim, lattice, tile, code, dtype, dither) -> TileLayout:
+    layout = check_words("words", words, lattice, tile, code)
+    slot_heads(tile, head_dim)
+    check_dither(dither)
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype must be floating point, got {dtype}")
+    return layout
+
+
+def load(words: torch.Tensor, head_dim: int, layout: TileLayout, dtype: torch.dtype, dither: str | None, seed: int) -> torch.Tensor:
+    """`kv_load` with a layout."""
+    batch, slots, tokens, count = words.shape
+    flat = words.reshape(-1, 1, count)
+    if words.is_cuda and dither is None:
+        from .fused import decode  # Triton is there on Linux only
+
+        values, _ = decode(flat.contiguous(), layout, dtype)
+    else:
+        codes, scale = decode_words(flat, layout)
+        values = embed(codes, layout.lattice).view(batch, slots, tokens, layout.tile)
+        if dither is not None:
+            values = values - dither_vectors(dither, seed, slots, torch.arange(tokens, device=words.device), layout)
+        values = values * scale.view(batch, slots, tokens, 1)
+    if dtype == torch.float16:
+        # corrupt scales reach further than this type
+        values = values.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
+    return split_heads(values.to(dtype).view(batch, slots, tokens, layout.tile), layout.tile // head_dim).contiguous()
+
+
+def _kv_load(
+    words: torch.Tensor,
+    head_dim: int,
+    lattice: str,
+    tile: int,
+    code: int,
+    dtype: torch.dtype,
+    dither: str | None = None,
+    seed: int = 0,
+) -> torch.Tensor:
+    return load(words, head_dim, _check_load(words, head_dim, lattice, tile, code, dtype, dither), dtype, dither, seed)
+
+
+def _kv_load_fake(words, head_dim, lattice, tile, code, dtype, dither=None, seed=0):
+    _check_load(words, head_dim, lattice, tile, code, dtype, dither)
+    batch, slots, tokens, _ = words.shape
+    return words.new_empty((batch, slots * (tile // head_dim), tokens, head_dim), dtype=dtype)
+
+
+register(
+    "kv_load(Tensor words, int head_dim, str lattice, int tile, int code, ScalarType dtype, str? dither=None, int seed=0) -> Tensor",
+    _kv_load_fake,
+    CPU=_kv_load,
+    CUDA=_kv_load,
+)
