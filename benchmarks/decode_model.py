@@ -18,19 +18,16 @@ alone, times 32 / layers, plus that again; figures made so are marked. `--device
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import json
-import statistics
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
 import transformers
+from compiled_steps import MODES, SAMPLES, cold_caches, compile_step, start_compiler, time_ms
 from torch import nn
-from torch._inductor.utils import fresh_inductor_cache
 from torchao.quantization import quantize_
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
@@ -55,8 +52,6 @@ TINY = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
 }
-MODES = ("graph", "reduce-overhead", "default", "eager")
-SAMPLES = 7
 
 
 @dataclass(frozen=True)
@@ -164,57 +159,6 @@ class Decoder:
             layer.cumulative_length.fill_(self.context)
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def capture(call: Callable[[], object]) -> Callable[[], object]:
-    """One CUDA graph of a call that has run before."""
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-
-    def replay() -> None:
-        graph.replay()
-
-    return replay
-
-
-def compile_step(call: Callable[[], object], mode: str, device: torch.device) -> tuple[Callable[[], object], float]:
-    """The compiled call, ready to be timed, and the seconds that compiling and the first run took; in mode `"eager"` the call itself."""
-    if mode == "eager":
-        return call, 0.0
-    begin = time.perf_counter()
-    compiled = torch.compile(call, fullgraph=True, dynamic=False, mode=None if mode == "graph" else mode)
-    compiled()
-    synchronize(device)
-    seconds = time.perf_counter() - begin
-    if mode == "graph" and device.type == "cuda":
-        return capture(compiled), seconds
-    # Inductor's graphs record in the second run
-    compiled()
-    return compiled, seconds
-
-
-def time_ms(call: Callable[[], object], steps: int, device: torch.device, rewind: Callable[[], None] = lambda: None) -> float:
-    """Median over samples of the mean milliseconds of `steps` calls in a row, host included."""
-    samples = []
-    for _ in range(SAMPLES):
-        rewind()
-        synchronize(device)
-        begin = time.perf_counter()
-        for _ in range(steps):
-            call()
-        synchronize(device)
-        samples.append(1e3 * (time.perf_counter() - begin) / steps)
-    return statistics.median(samples)
-
-
 def launches(names: Counter[str], layers: int) -> tuple[int, int]:
     """Kernels per decoder layer and per step, from how often each ran in one step: what runs once per step does not reach `layers`."""
     return sum(count // layers for count in names.values()), sum(names.values())
@@ -240,9 +184,7 @@ def measure(
     for batch in tqdm(batches, desc=weights, leave=False):
         state = Decoder(model, batch, context, steps + 4)
         hidden = torch.randn(batch, 1, config.hidden_size, device=device, dtype=model.dtype)
-        # cold: neither Dynamo's nor Inductor's nor Triton's caches serve what an earlier batch compiled
-        torch._dynamo.reset()
-        with contextlib.nullcontext() if mode == "eager" else fresh_inductor_cache():
+        with cold_caches(mode):
             step, seconds = compile_step(state.step, mode, device)
             step_ms = time_ms(step, steps, device, state.rewind)
             per_layer = per_step = None
@@ -296,9 +238,7 @@ def main() -> None:
         raise SystemExit("int4wo packs its weights for CUDA; give --weights without it")
     torch.manual_seed(0)
     config = LlamaConfig(**(TINY if args.tiny else LLAMA_3_8B), num_hidden_layers=layers, tie_word_embeddings=False)
-    if args.mode != "eager":
-        # the first compilation in a process starts Inductor's workers
-        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+    start_compiler(args.mode, device)
     results = []
     for name in tqdm(weights, desc="weights"):
         results += measure(config, name, args.batches, args.context, args.steps, args.mode, device)

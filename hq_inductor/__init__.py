@@ -1,6 +1,7 @@
 """HyperQuant for torch.compile: entropy-coded lattice weights at an exact rate, as torchao tensors."""
 
-from . import ops
+from . import compile as _compile  # noqa: F401  (the first traced layer installs the passes)
+from . import ops, passes
 from .allocate import allocate_rates
 from .balance import BalancedGroup, balance_columns
 from .module import HyperQuantLinear
@@ -20,5 +21,6 @@ __all__ = [
     "balance_columns",
     "hyperquant_weight",
     "ops",
+    "passes",
     "quantization_report",
 ]

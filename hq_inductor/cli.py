@@ -145,7 +145,8 @@ def quantize(args: argparse.Namespace) -> None:
         raise CommandError(f"IN must be a directory saved by transformers (with a config.json), got {source}")
     if target.exists() and any(target.iterdir()):
         raise CommandError(f"OUT must not exist or be empty, got {target}")
-    options = {"lattice": args.lattice, "tile": args.tile, "seed": args.seed, "balance_columns": args.balance_columns}
+    names = ("lattice", "tile", "seed", "balance_columns", "effort")
+    options = {name: getattr(args, name) for name in names}
     config = HyperQuantConfig(quant_type=_rates(args.bps, args.rate, options), modules_to_not_convert=args.keep)
     architecture = (AutoConfig.from_pretrained(source).architectures or [""])[0]
     model_class = getattr(transformers, architecture, AutoModel)
@@ -250,6 +251,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tile", type=int, help="coefficients that share a scale (default: chosen by layer)")
     p.add_argument("--seed", type=int, default=0, help="signs of the Hadamard transform (default 0)")
     p.add_argument("--balance-columns", action="store_true", help="scale columns before the rotation (16 more bits per column)")
+    p.add_argument("--effort", type=int, default=1, help="0 to 2, how hard the encoder tries (default 1)")
     p.add_argument("--dtype", default="auto", help="dtype of what is not quantized (default: the checkpoint's)")
     p.add_argument("--device", default="cpu", help="where to quantize (default cpu)")
     p.add_argument("--max-shard-size", default="5GB", help="largest file to write (default 5GB)")

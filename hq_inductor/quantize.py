@@ -77,8 +77,25 @@ def hyperquant_weight(
     mma: str = "auto",
     effort: int = 1,
     check_values: bool = True,
+    allocation: str = "uniform",
 ) -> HyperQuantWeightConfig:
-    """The config for `quantize_(model, hyperquant_weight(bps=4))`; see `HyperQuantWeightConfig`."""
+    """The config for `quantize_(model, hyperquant_weight(bps=4))`.
+
+    Args:
+        allocation: `"uniform"`, one rate for all layers. Rates by layer need the whole model and some inputs, and a config sees one layer
+            at a time: `"sensitivity"` is refused with a pointer to `hq_inductor.allocate_rates`, which returns a config for all of them.
+        bps and the others: as in `HyperQuantWeightConfig`.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range.
+    """
+    if allocation == "sensitivity":
+        raise ValueError(
+            'allocation must be "uniform" here, got "sensitivity": sensitivities are measured on the whole model with a few inputs, so use '
+            f"quantize_(model, allocate_rates(model, {bps!r}, batches), filter_fn=None) from hq_inductor"
+        )
+    if allocation != "uniform":
+        raise ValueError(f'allocation must be "uniform" (or allocate_rates be used), got {allocation!r}')
     return HyperQuantWeightConfig(bps, lattice, tile, seed, balance_columns, max_padding, mma, effort, check_values)
 
 

@@ -93,7 +93,7 @@ def test_int8_of_large_batches(lattice, rows, columns, tile):
 def test_fp8_operands(lattice, bps):
     """e4m3 of weights and activations: within a rounding of e4m3 (and of fp16, through which weights go)."""
     from hq_inductor.format.mma import E4M3_MAX, fp8_scale
-    from hq_inductor.ops.fused import decode, rotate_fp8
+    from hq_inductor.ops.fused import decode, rotate
 
     weight = HyperQuantTensor.from_hp(torch.randn(100, 1024, device="cuda"), bps=bps, lattice=lattice)
     layout = TileLayout(lattice, weight.tile, weight.code, weight.qdata.shape[-1])
@@ -104,7 +104,7 @@ def test_fp8_operands(lattice, bps):
     assert ((found.float() * row_scale[:, None] - dense).abs() <= dense.abs() / 15.9 + row_scale[:, None] * 2**-9).all()
     x = torch.randn(50, 1024, device="cuda").to(torch.bfloat16)
     rotated = hadamard_ref(x.float(), hadamard_block(layout.tile), weight.seed)
-    found, x_scale = rotate_fp8(x, None, layout, weight.qdata.shape[1], weight.seed)
+    found, x_scale = rotate(x, None, layout, weight.qdata.shape[1], weight.seed, torch.float8_e4m3fn)
     torch.testing.assert_close(x_scale, fp8_scale(rotated, layout.tile), rtol=1e-5, atol=0)
     assert ((found.float() * x_scale[:, None] - rotated).abs() <= rotated.abs() / 15.9 + x_scale[:, None] * 2**-9).all()
 

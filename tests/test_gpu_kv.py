@@ -5,9 +5,11 @@ import torch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
+from hq_inductor.format.lattice import is_lattice_point  # noqa: E402
 from hq_inductor.format.layout import TileLayout  # noqa: E402
+from hq_inductor.format.rice import decode_tiles, encode_tiles  # noqa: E402
 
-from .kv_reference import attend_ref, random_cache  # noqa: E402
+from .kv_reference import attend_ref, decode_slots, encode_slots, random_cache  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -108,3 +110,82 @@ def test_attention_in_a_graph_while_the_length_grows():
         length.fill_(n)
         graph.replay()
         check(found, attend_ref(*arguments))
+
+
+def snr_db(x: torch.Tensor, decoded: torch.Tensor) -> float:
+    return (-10 * torch.log10((x - decoded).square().mean() / x.square().mean())).item()
+
+
+@pytest.mark.parametrize("effort", [0, 1])
+@pytest.mark.parametrize(
+    ("bps", "tile", "head_dim"), [(b, 128, 128) for b in (1.75, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0)] + [(4.0, 256, 256)]
+)
+def test_store_is_as_good_as_the_reference(bps, tile, head_dim, effort):
+    """On Gaussians within 0.05 dB at equal effort, and what is written is exactly what an encoder of those codes writes."""
+    from hq_inductor.ops.fused_kv import store
+
+    layout = layout_of(bps, tile)
+    x = torch.randn(2, 512, 4, head_dim, device="cuda").transpose(1, 2)
+    words = torch.empty(2, 4, 512, layout.words, dtype=torch.int32, device="cuda")
+    store(words, x, torch.arange(512, device="cuda"), layout, effort)
+    codes, scale = decode_tiles(words.view(-1, layout.words), layout)
+    assert is_lattice_point(codes.view(-1, 8), "e8").all()
+    assert torch.equal(encode_tiles(codes, scale, layout).view_as(words), words)
+    reference = decode_slots(encode_slots(x.contiguous(), layout, effort), layout)
+    assert snr_db(x.double(), decode_slots(words, layout)) > snr_db(x.double(), reference) - 0.05
+
+
+@pytest.mark.parametrize(("head_dim", "tile", "kv_heads"), [(64, 128, 5), (80, 640, 8), (96, 384, 3), (128, 128, 3), (256, 256, 1)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_store_in_place(head_dim, tile, kv_heads, dtype):
+    """Joined heads, strides, positions out of range, vectors of zeros, outliers, NaN."""
+    from hq_inductor.ops.fused_kv import store
+
+    layout, join = layout_of(3.0, tile), tile // head_dim
+    heads, max_tokens = -(-kv_heads // join), 40
+    x = torch.randn(2, 6, kv_heads, head_dim, device="cuda", dtype=dtype).transpose(1, 2)
+    x[:, :, 1] = 0
+    x[:, :, 2, 3:] = 0
+    x[0, 0, 3, :3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    position = torch.tensor([39, 0, 7, 8, -1, 40], device="cuda")
+    words = torch.full((2, heads, max_tokens, layout.words), 77, dtype=torch.int32, device="cuda")
+    store(words, x, position, layout, 1)
+    padded = torch.zeros(2, heads * join, 6, head_dim, device="cuda")
+    padded[:, :kv_heads] = x.float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    slots = padded.unflatten(1, (heads, join)).transpose(2, 3).flatten(-2)[:, :, :4]
+    untouched = torch.ones(max_tokens, dtype=torch.bool, device="cuda")
+    untouched[position[:4]] = False
+    assert (words[:, :, untouched] == 77).all()
+    decoded = decode_slots(words[:, :, position[:4]], layout)
+    for token in (0, 2, 3):
+        assert snr_db(slots[:, :, token].double(), decoded[:, :, token]) > 13
+    assert (decoded[:, :, 1] == 0).all()
+
+
+def test_store_and_attention_in_a_graph():
+    """A step of decoding: store at a position and attend up to it, replayed while both move; the same as eager."""
+    from hq_inductor.ops.fused_kv import attend, store
+
+    torch.use_deterministic_algorithms(False)
+    layout = layout_of(4.0)
+    words = [torch.zeros(1, 2, 64, layout.words, dtype=torch.int32, device="cuda") for _ in range(2)]
+    exact = [torch.empty(1, 2, 0, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    x, query = (torch.randn(1, n, 1, 128, device="cuda", dtype=torch.bfloat16) for n in (2, 8))
+    position = torch.zeros(1, dtype=torch.int64, device="cuda")
+
+    def step():
+        for side in words:
+            store(side, x, position, layout, 1)
+        return attend(query, *words, *exact, position + 1, None, None, 0.1, 0, 0, 0, layout, layout)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    for n in range(60):
+        x.normal_()
+        position.fill_(n)
+        graph.replay()
+    check(found, attend_ref(query, *words, *exact, torch.tensor([60]), None, None, 0.1, 0, 0, 0, layout, layout))
+    assert words[0][:, :, :60].ne(0).any(-1).all() and words[0][:, :, 60:].eq(0).all()

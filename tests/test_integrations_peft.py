@@ -30,11 +30,11 @@ def lora(**changes):
     return peft.LoraConfig(**{"r": 4, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM", **changes})
 
 
-def adapted(**changes):
+def adapted(effort=1, mma="auto", **changes):
     """A packed model with nonzero adapters."""
     model = llama()
-    quantize_(model.model, hyperquant_weight(bps=4))
-    model = peft.get_peft_model(model, hyperquant_lora(lora(**changes)))
+    quantize_(model.model, hyperquant_weight(bps=4, mma=mma))
+    model = peft.get_peft_model(model, hyperquant_lora(lora(**changes), effort))
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -80,6 +80,18 @@ def test_merge_and_unmerge():
     assert torch.equal(base.qdata, words) and torch.equal(model(TOKENS).logits, before)
     with pytest.warns(UserWarning, match="Already unmerged"):
         layer.unmerge()
+
+
+def test_merge_keeps_the_number_format_and_takes_the_effort():
+    model = adapted(effort=0, mma="int8")
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    wanted = layer.base_layer.weight.dequantize() + layer.get_delta_weight("default")
+    model.merge_adapter()
+    assert layer.base_layer.mma == "int8"
+    fast, default = (HyperQuantTensor.from_hp(wanted, bps=4, effort=effort).qdata for effort in (0, 1))
+    assert torch.equal(layer.base_layer.qdata, fast) and not torch.equal(fast, default)
+    with pytest.raises(ValueError, match="effort must be 0, 1 or 2, got 3"):
+        hyperquant_lora(lora(), effort=3)
 
 
 def test_merging_two_adapters_starts_from_the_original_words():

@@ -16,10 +16,10 @@ def mlp():
     return nn.Sequential(nn.Linear(256, 128), nn.GELU(), nn.Linear(128, 64, bias=False))
 
 
-@pytest.mark.parametrize("balance", [False, True])
+@pytest.mark.parametrize(("balance", "effort"), [(False, 1), (True, 1), (False, 0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_training_sees_the_converted_weight(balance, dtype):
-    config = hyperquant_weight(bps=3, balance_columns=balance)
+def test_training_sees_the_converted_weight(balance, effort, dtype):
+    config = hyperquant_weight(bps=3, balance_columns=balance, effort=effort)
     model = mlp().to(dtype)
     quantize_(model, HyperQuantQATConfig(config))
     assert isinstance(model[0], FakeQuantizedLinear) and "FakeQuantizer(HyperQuantWeightConfig(bps=3" in repr(model[0])

@@ -103,6 +103,8 @@ def test_layers_that_do_not_fit_are_left_alone_and_named():
         ({"seed": -1}, ValueError, "seed must be an integer"),
         ({"balance_columns": 1}, TypeError, "balance_columns must be a bool, got int"),
         ({"max_padding": -0.1}, ValueError, "max_padding must be at least 0, got -0.1"),
+        ({"bps": 3.3, "allocation": "sensitivity"}, ValueError, r"allocate_rates\(model, 3.3, batches\), filter_fn=None\)"),
+        ({"allocation": "best"}, ValueError, "allocation must be \"uniform\" .* got 'best'"),
     ],
 )
 def test_wrong_arguments_are_refused_before_any_model_is_touched(arguments, error, message):

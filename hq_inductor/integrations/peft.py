@@ -8,6 +8,7 @@ merge and unmerge adds quantization noise. `HyperQuantLoraLinear` quantizes once
 
 from __future__ import annotations
 
+import functools
 import warnings
 
 import torch
@@ -15,6 +16,7 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import Linear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 
+from ..format.quantizer import check_effort
 from ..module import HyperQuantLinear
 from ..tensor import HyperQuantTensor
 
@@ -22,11 +24,15 @@ from ..tensor import HyperQuantTensor
 class HyperQuantLoraLinear(Linear):
     """A `HyperQuantLinear` with adapters. Memory: the packed words; a merged layer keeps the words of before, to unmerge.
 
+    Args:
+        base_layer, adapter_name, config: as peft gives them.
+        effort: of the encoder when adapters are merged, as in `hyperquant_weight`.
+
     Raises:
         ValueError: `lora_bias` is set. NotImplementedError: a variant such as DoRA, which computes with the float weight.
     """
 
-    def __init__(self, base_layer: HyperQuantLinear, adapter_name: str, config: LoraConfig, **kwargs):
+    def __init__(self, base_layer: HyperQuantLinear, adapter_name: str, config: LoraConfig, effort: int = 1, **kwargs):
         if config.lora_bias:
             raise ValueError("lora_bias must be False for a HyperQuantLinear, got True")
         variant = self.resolve_lora_variant(config=config)
@@ -34,6 +40,7 @@ class HyperQuantLoraLinear(Linear):
             raise NotImplementedError(f"adapters of a HyperQuantLinear must be plain LoRA, got {type(variant).__name__}")
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
         self._before_merge: HyperQuantTensor | None = None
+        self.effort = effort
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Quantize base weight plus adapters into a new packed weight, at the rate of the old one.
@@ -55,7 +62,9 @@ class HyperQuantLoraLinear(Linear):
         for name in [*self.merged_adapters, *adapter_names]:
             merged += self.get_delta_weight(name).to(torch.float32)
         old = base.weight
-        packed = HyperQuantTensor.from_hp(merged.to(old.dtype), old.bps, old.lattice, old.tile, old.seed, old.act_pre_scale)
+        packed = HyperQuantTensor.from_hp(
+            merged.to(old.dtype), old.bps, old.lattice, old.tile, old.seed, old.act_pre_scale, old.mma, self.effort
+        )
         base.weight = packed
         self._before_merge = original
         self.merged_adapters.extend(adapter_names)
@@ -73,7 +82,16 @@ class HyperQuantLoraLinear(Linear):
         return super().__repr__().replace("lora.HyperQuantLoraLinear", "HyperQuantLoraLinear", 1)
 
 
-def hyperquant_lora(config: LoraConfig) -> LoraConfig:
-    """Tell a `LoraConfig` to wrap `HyperQuantLinear` layers in `HyperQuantLoraLinear`; returns the same config."""
-    config._register_custom_module({HyperQuantLinear: HyperQuantLoraLinear})
+def hyperquant_lora(config: LoraConfig, effort: int = 1) -> LoraConfig:
+    """Tell a `LoraConfig` to wrap `HyperQuantLinear` layers in `HyperQuantLoraLinear`; returns the same config.
+
+    Args:
+        config: of the adapters.
+        effort: of the encoder when adapters are merged, as in `hyperquant_weight`: packed weights do not record theirs.
+
+    Raises:
+        ValueError: `effort` is not 0, 1 or 2.
+    """
+    check_effort(effort)
+    config._register_custom_module({HyperQuantLinear: functools.partial(HyperQuantLoraLinear, effort=effort)})
     return config

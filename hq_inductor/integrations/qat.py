@@ -49,7 +49,9 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight: torch.Tensor, config: HyperQuantWeightConfig) -> torch.Tensor:
         scale = column_scale(weight) if config.balance_columns else None
-        return HyperQuantTensor.from_hp(weight, config.bps, config.lattice, config.tile, config.seed, scale).dequantize()
+        return HyperQuantTensor.from_hp(
+            weight, config.bps, config.lattice, config.tile, config.seed, scale, effort=config.effort
+        ).dequantize()
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):

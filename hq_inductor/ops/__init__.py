@@ -7,6 +7,7 @@
 | `rice_decode`      | words -> codes and scales                                   |
 | `lattice_dequant`  | codes and scales -> floats                                  |
 | `rice_linear`      | activations, words -> the whole quantized linear layer      |
+| `rice_linear_fused`| the same with its siblings, a norm or a gate before and a residual after |
 | `kv_store`         | rotated keys or values -> slots of a cache, in place        |
 | `kv_load`          | slots -> rotated keys or values                             |
 | `kv_attention`     | rotated queries, a cache -> attention                       |
@@ -14,6 +15,6 @@
 A tile's layout travels as `(lattice, tile, code)`; the number of words is the last dimension of `qdata`.
 """
 
-from . import attention, decode, encode, hadamard, kv, linear
+from . import attention, decode, encode, hadamard, kv, linear, linear_fused
 
-__all__ = ["attention", "decode", "encode", "hadamard", "kv", "linear"]
+__all__ = ["attention", "decode", "encode", "hadamard", "kv", "linear", "linear_fused"]

@@ -9,11 +9,10 @@ import triton
 
 from ..format.hadamard import hadamard_block
 from ..format.layout import TileLayout
-from .kernels.activations import rotate_kernel, rotate_quantize_kernel
+from .kernels.activations import fp8_scale_kernel, rotate_kernel, rotate_quantize_kernel, row_statistics_kernel
 from .kernels.decode import decode_kernel
 from .kernels.linear import linear_kernel
 from .kernels.matmul import int8_matmul_kernel
-from .kernels.rows import fp8_scale_kernel, rotate_fp8_kernel, rotate_int8_kernel
 from .kernels.shared import row_bytes
 from .launch import (
     WARP_ROWS,
@@ -26,17 +25,42 @@ from .launch import (
     matmul_launch,
     multiprocessors,
 )
+from .prologue import NO_PROLOGUE, NORMS, Prologue
 
 
-def _rotation(layout: TileLayout, act_pre_scale: torch.Tensor | None, seed: int) -> dict:
+def _rotation(layout: TileLayout, act_pre_scale: torch.Tensor | None, seed: int, prologue: Prologue) -> dict:
     """Compile-time arguments of `hq_inductor.ops.kernels.activations.rotate`."""
     block = hadamard_block(layout.tile)
-    parts = triton.next_power_of_2(layout.tile // block)
-    return {"TILE": layout.tile, "BLOCK": block, "PARTS": parts, "SEED": seed, "HAS_SCALE": act_pre_scale is not None}
+    return {
+        "TILE": layout.tile,
+        "BLOCK": block,
+        "PARTS": triton.next_power_of_2(layout.tile // block),
+        "SEED": seed,
+        "HAS_SCALE": act_pre_scale is not None,
+        "PROLOGUE": prologue.name,
+        "HAS_WEIGHT": prologue.weight is not None,
+        "HAS_BIAS": prologue.bias is not None,
+    }
+
+
+def _vector(tensor: torch.Tensor | None, placeholder: torch.Tensor) -> torch.Tensor:
+    """A pointer argument `[K]` that may be missing."""
+    return placeholder if tensor is None else tensor.contiguous()
+
+
+def _aligned_rows(*matrices: torch.Tensor) -> bool:
+    return all(matrix.shape[1] % 16 == 0 and matrix.stride(0) % 16 == 0 for matrix in matrices)
 
 
 def rotate_quantize(
-    x: torch.Tensor, act_pre_scale: torch.Tensor | None, layout: TileLayout, tiles: int, seed: int, padded: int, counters: int
+    x: torch.Tensor,
+    act_pre_scale: torch.Tensor | None,
+    layout: TileLayout,
+    tiles: int,
+    seed: int,
+    padded: int,
+    counters: int,
+    prologue: Prologue = NO_PROLOGUE,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rotated activations as int8.
 
@@ -44,6 +68,7 @@ def rotate_quantize(
         x: `[M, in_features]`, last dimension contiguous.
         padded: rows of the result, at least M.
         counters: length of the zeros that come along.
+        prologue: what happens to `x` first; its gate is `[M, in_features]`, last dimension contiguous.
 
     Returns:
         int8 `[tiles * tile / 64, padded, 64]` (`hq_inductor.ops.kernels.activations`), fp32 scales `[tiles, padded]`, int32 zeros.
@@ -52,9 +77,13 @@ def rotate_quantize(
     scale = torch.empty((tiles, padded), dtype=torch.float32, device=x.device)
     zeros = torch.empty(counters, dtype=torch.int32, device=x.device)
     pdl = dependent_launch(x.device)
+    gate = x if prologue.gate is None else prologue.gate
     rotate_quantize_kernel[(padded, tiles)](
         x,
-        x if act_pre_scale is None else act_pre_scale,
+        gate,
+        _vector(prologue.weight, x),
+        _vector(prologue.bias, x),
+        _vector(act_pre_scale, x),
         q,
         scale,
         zeros,
@@ -62,9 +91,12 @@ def rotate_quantize(
         padded,
         x.shape[1],
         x.stride(0),
+        gate.stride(0),
         counters,
-        **_rotation(layout, act_pre_scale, seed),
+        prologue.eps,
+        **_rotation(layout, act_pre_scale, seed, prologue),
         LATTICE=layout.lattice,
+        ALIGNED=_aligned_rows(x, gate),
         PDL=pdl,
         num_warps=1,
         **({"launch_pdl": True} if pdl else {}),
@@ -73,73 +105,50 @@ def rotate_quantize(
 
 
 def rotate(
-    x: torch.Tensor, act_pre_scale: torch.Tensor | None, layout: TileLayout, tiles: int, seed: int, dtype: torch.dtype
-) -> torch.Tensor:
-    """`RHT(x * act_pre_scale)`, `[M, tiles * tile]` in `dtype`, of `[M, in_features]` with contiguous rows; missing columns are zeros."""
-    out = torch.empty((x.shape[0], tiles * layout.tile), dtype=dtype, device=x.device)
+    x: torch.Tensor,
+    act_pre_scale: torch.Tensor | None,
+    layout: TileLayout,
+    tiles: int,
+    seed: int,
+    dtype: torch.dtype,
+    prologue: Prologue = NO_PROLOGUE,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Rotated activations of large batches.
+
+    Args:
+        x: `[M, in_features]`, last dimension contiguous; missing columns are zeros.
+        dtype: a floating point dtype, float8_e4m3fn or int8.
+        prologue: as for `rotate_quantize`.
+
+    Returns:
+        `[M, tiles * tile]` in `dtype`, and fp32 scales: `[tiles, M]` of int8, `[M]` of e4m3, else None.
+    """
+    batch, features = x.shape
+    out = torch.empty((batch, tiles * layout.tile), dtype=dtype, device=x.device)
+    fp8 = dtype == torch.float8_e4m3fn
+    scale = None
+    if fp8 or dtype == torch.int8:
+        scale = torch.empty(batch if fp8 else (tiles, batch), dtype=torch.float32, device=x.device)
     if out.numel() == 0:
-        return out
-    rotate_kernel[(x.shape[0], tiles)](
-        x,
-        x if act_pre_scale is None else act_pre_scale,
-        out,
-        x.shape[1],
-        x.stride(0),
-        tiles,
-        **_rotation(layout, act_pre_scale, seed),
-        num_warps=1,
+        return out, scale
+    statistics, gate = x, x if prologue.gate is None else prologue.gate
+    if prologue.name in NORMS:
+        statistics = torch.empty((batch, 2), dtype=torch.float32, device=x.device)
+        row_statistics_kernel[(batch,)](
+            x, statistics, features, x.stride(0), prologue.eps, PROLOGUE=prologue.name, ALIGNED=_aligned_rows(x), num_warps=4
+        )
+    pointers = (x, gate, _vector(prologue.weight, x), _vector(prologue.bias, x), statistics, _vector(act_pre_scale, x))
+    scalars = (features, x.stride(0), gate.stride(0), tiles)
+    rotation = _rotation(layout, act_pre_scale, seed, prologue)
+    aligned = _aligned_rows(x, gate)
+    if fp8:
+        kept = {key: value for key, value in rotation.items() if key not in ("BLOCK", "PARTS", "SEED")}
+        padded = triton.next_power_of_2(layout.tile)
+        fp8_scale_kernel[(batch,)](*pointers, scale, *scalars, **kept, PADDED=padded, ALIGNED=aligned, num_warps=1 if batch >= 1024 else 4)
+    rotate_kernel[(batch, tiles)](
+        *pointers, out, x if scale is None else scale, *scalars, **rotation, LATTICE=layout.lattice, ALIGNED=aligned, num_warps=1
     )
-    return out
-
-
-def rotate_int8(
-    x: torch.Tensor, act_pre_scale: torch.Tensor | None, layout: TileLayout, tiles: int, seed: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotated activations of `[M, in_features]` as int8 `[M, tiles * tile]`, with their scales `[tiles, M]` fp32."""
-    q = torch.empty((x.shape[0], tiles * layout.tile), dtype=torch.int8, device=x.device)
-    scale = torch.empty((tiles, x.shape[0]), dtype=torch.float32, device=x.device)
-    if q.numel() == 0:
-        return q, scale
-    rotate_int8_kernel[(x.shape[0], tiles)](
-        x,
-        x if act_pre_scale is None else act_pre_scale,
-        q,
-        scale,
-        x.shape[1],
-        x.stride(0),
-        tiles,
-        **_rotation(layout, act_pre_scale, seed),
-        LATTICE=layout.lattice,
-        num_warps=1,
-    )
-    return q, scale
-
-
-def rotate_fp8(
-    x: torch.Tensor, act_pre_scale: torch.Tensor | None, layout: TileLayout, tiles: int, seed: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotated activations of `[M, in_features]` as e4m3 `[M, tiles * tile]`, with a scale per row `[M]` fp32."""
-    columns = tiles * layout.tile
-    q = torch.empty((x.shape[0], columns), dtype=torch.float8_e4m3fn, device=x.device)
-    scale = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-    if q.numel() == 0:
-        return q, scale
-    pre_scale = x if act_pre_scale is None else act_pre_scale
-    rotation = _rotation(layout, act_pre_scale, seed)
-    fp8_scale_kernel[(x.shape[0],)](
-        x,
-        pre_scale,
-        scale,
-        x.shape[1],
-        x.stride(0),
-        tiles,
-        TILE=layout.tile,
-        PADDED=triton.next_power_of_2(layout.tile),
-        HAS_SCALE=act_pre_scale is not None,
-        num_warps=1 if x.shape[0] >= 1024 else 4,
-    )
-    rotate_fp8_kernel[(x.shape[0], tiles)](x, pre_scale, q, scale, x.shape[1], x.stride(0), tiles, **rotation, num_warps=1)
-    return q, scale
+    return out, scale
 
 
 def int8_matmul(
@@ -151,7 +160,7 @@ def int8_matmul(
     dtype: torch.dtype,
     launch: MatmulLaunch | None = None,
 ) -> torch.Tensor:
-    """`[M, N]` in `dtype` from `rotate_int8` and `decode`.
+    """`[M, N]` in `dtype` from `rotate` and `decode`.
 
     Args:
         x: `[M, K]` int8, with scales `act_scale`, `[tiles, M]` fp32.
@@ -193,6 +202,11 @@ def int8_matmul(
 MAX_SIBLINGS = 4
 
 
+def _default_launch(x: torch.Tensor, counts: list[int], tiles: int, layout: TileLayout) -> LinearLaunch:
+    processors = multiprocessors(x.device) if x.is_cuda else 1
+    return linear_launch(x.shape[0], sum(counts), tiles, processors, row_bytes(layout.stream_words))
+
+
 def int8_linear(
     x: torch.Tensor,
     qdata: torch.Tensor | Sequence[torch.Tensor],
@@ -202,6 +216,8 @@ def int8_linear(
     seed: int,
     launch: LinearLaunch | None = None,
     residual: torch.Tensor | None = None,
+    prologue: Prologue = NO_PROLOGUE,
+    rotated: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """The fused linear layer: two kernels.
 
@@ -211,6 +227,8 @@ def int8_linear(
         act_pre_scale: `[in_features]` or None.
         bias: `[N]` or None; for siblings one each, or None for all.
         residual: `[M, N]`, last dimension contiguous, added to the result before it is rounded.
+        prologue: what happens to `x` first.
+        rotated: what `rotate_quantize` made of `x`, where it is there already; made here if it is None or padded otherwise.
 
     Returns:
         `[M, N]` in the dtype of `x`; for siblings their rows one after the other.
@@ -226,8 +244,7 @@ def int8_linear(
     if largest >= 2**31 or (batch + 64) * tiles * layout.tile >= 2**31:
         raise ValueError(f"the kernel's offsets have 31 bits, got {largest} words and {batch} x {tiles * layout.tile} activations")
     if launch is None:
-        processors = multiprocessors(x.device) if x.is_cuda else 1
-        launch = linear_launch(batch, rows, tiles, processors, row_bytes(layout.stream_words))
+        launch = _default_launch(x, counts, tiles, layout)
     buffer_bytes = row_bytes(layout.stream_words) if x.is_cuda else 0
     if launch.num_warps > decode_warps(buffer_bytes):
         raise ValueError(f"num_warps must be at most {decode_warps(buffer_bytes)} for {layout}, got {launch.num_warps}")
@@ -238,7 +255,10 @@ def int8_linear(
     padded = -(-batch // columns) * columns
     grid = (sum(-(-n // (WARP_ROWS * launch.num_warps)) for n in counts), splits, padded // columns)
     counters = grid[0] * launch.num_warps * grid[2] if splits > 1 else 0
-    q, scale, zeros = rotate_quantize(x, act_pre_scale, layout, tiles, seed, padded, counters)
+    if rotated is None or rotated[0].shape[1] != padded:
+        q, scale, zeros = rotate_quantize(x, act_pre_scale, layout, tiles, seed, padded, counters, prologue)
+    else:
+        (q, scale), zeros = rotated, torch.zeros(counters, dtype=torch.int32, device=x.device)
     pdl = dependent_launch(x.device)
     partial = torch.empty((splits, padded, rows), dtype=torch.float32, device=x.device) if splits > 1 else scale
     has_bias = biases[0] is not None
@@ -291,8 +311,48 @@ def int8_linear(
     return out
 
 
+def sibling_linear(
+    x: torch.Tensor,
+    qdata: list[torch.Tensor],
+    act_pre_scale: torch.Tensor | None,
+    bias: list[torch.Tensor | None],
+    layouts: list[TileLayout],
+    seed: int,
+    residual: torch.Tensor | None,
+    prologue: Prologue,
+) -> torch.Tensor:
+    """`int8_linear` for any number of siblings: `[M, sum N]`. Layouts agree in lattice and tile.
+
+    Neighbours of one layout share a launch; all share the rotation and quantization of `x`.
+    """
+    groups: list[list[int]] = []
+    for i, layout in enumerate(layouts):
+        if groups and len(groups[-1]) < MAX_SIBLINGS and layouts[groups[-1][0]] == layout:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    rotated = None
+    if len(groups) > 1 and x.shape[0] > 0:
+        columns = _default_launch(x, [qdata[i].shape[0] for i in groups[0]], qdata[0].shape[1], layouts[0]).columns
+        padded = -(-x.shape[0] // columns) * columns
+        rotated = rotate_quantize(x, act_pre_scale, layouts[0], qdata[0].shape[1], seed, padded, 0, prologue)[:2]
+    outs = []
+    for group in groups:
+        biases = None
+        if any(bias[i] is not None for i in group):
+            biases = [x.new_zeros(qdata[i].shape[0]) if bias[i] is None else bias[i] for i in group]
+        words = [qdata[i] for i in group]
+        outs.append(int8_linear(x, words, act_pre_scale, biases, layouts[group[0]], seed, None, residual, prologue, rotated))
+    return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
+
+
 def decode(
-    qdata: torch.Tensor, layout: TileLayout, dtype: torch.dtype, row_scale: bool = False, parts: int | None = None
+    qdata: torch.Tensor,
+    layout: TileLayout,
+    dtype: torch.dtype,
+    row_scale: bool = False,
+    out: torch.Tensor | None = None,
+    parts: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Decode a weight.
 
@@ -300,6 +360,7 @@ def decode(
         qdata: `[N, tiles, words]` int32.
         dtype: int8 for codes; or of the rotated weight: fp32, bf16, fp16 or float8_e4m3fn.
         row_scale: divide each row by a scale that brings what its tiles can hold into the range of e4m3.
+        out: where to write it, contiguous, or None.
         parts: blocks that share the tiles of a row; None chooses.
 
     Returns:
@@ -307,7 +368,8 @@ def decode(
     """
     rows, tiles, words = qdata.shape
     codes = dtype == torch.int8
-    out = torch.empty((rows, tiles * layout.tile), dtype=dtype, device=qdata.device)
+    if out is None:
+        out = torch.empty((rows, tiles * layout.tile), dtype=dtype, device=qdata.device)
     scale = None
     if codes or row_scale:
         scale = torch.empty((rows, tiles) if codes else rows, dtype=torch.float32, device=qdata.device)

@@ -6,9 +6,16 @@ import math
 from dataclasses import dataclass
 
 import torch
+import triton
 
+from ..format.lattice import GRANULAR_ERROR
 from ..format.layout import TileLayout
+from ..format.on_device import on_device
+from ..format.quantizer import MAX_OVERLOAD, PRICE, check_effort
+from ..format.rates import start_rms
+from ..format.rounding import class_bits
 from .kernels.attention import attention_kernel, combine_kernel
+from .kernels.kv_encode import encode_kernel
 from .kernels.slots import buffer_bytes
 from .launch import MMA_COLUMNS, dependent_launch, multiprocessors
 
@@ -121,7 +128,8 @@ def attend(
     _, heads, max_tokens, _ = k_words.shape
     kv_heads, join = k_exact.shape[1], k_layout.tile // head_dim
     group = query_heads // kv_heads
-    if query.stride(-1) != 1:
+    # rows are read 16 bytes at a time
+    if query.stride(-1) != 1 or query.data_ptr() % 16 or any(s * query.element_size() % 16 for s in query.stride()[:3]):
         query = query.contiguous()
     device = query.device
     column_blocks = -(-queries * join * group // MMA_COLUMNS)
@@ -213,3 +221,70 @@ def attend(
             **options,
         )
     return out
+
+
+def _symbol_bits(layout: TileLayout, device: torch.device) -> torch.Tensor:
+    """Ideal bits of each symbol from the least to the largest in range, fp32, made once."""
+    of_class, top = class_bits(layout), layout.max_magnitude
+    bits = tuple(of_class[max(s, -s - 1) >> (layout.rice_parameter - 1)] for s in range(-top - 1, top + 1))
+    return on_device(("symbol bits", bits), lambda: torch.tensor(bits, dtype=torch.float32), device)
+
+
+def store(words: torch.Tensor, x: torch.Tensor, position: torch.Tensor, layout: TileLayout, effort: int = 1, num_warps: int = 8) -> None:
+    """Encode tokens into their slots, in place.
+
+    Args:
+        words: `[B, kv_heads / join, max_tokens, words]` int32, contiguous; join = tile / D, rounded down; heads rounded up.
+        x: `[B, kv_heads, S, D]`, rotated, fp16, bf16 or fp32; NaN and infinities count as zeros.
+        position: `[S]` int64, slots of the tokens; others than `[0, max_tokens)` are not written.
+        layout: of the slots, e8.
+        effort: 0 rounds to the nearest point, 1 by error and bits (`hq_inductor.format.quantizer`).
+
+    Raises:
+        ValueError: another lattice or effort, or a head_dim that is no multiple of 8 or no slot's.
+
+    Note: no host sync.
+    """
+    check_effort(effort)
+    if layout.lattice != "e8" or effort > 1:
+        raise ValueError(f"lattice must be e8 and effort 0 or 1, got {layout.lattice!r} and {effort}")
+    batch, all_heads, tokens, head_dim = x.shape
+    _, heads, max_tokens, word_count = words.shape
+    join = layout.tile // head_dim
+    if head_dim % 8 or join == 0 or heads != -(-all_heads // join) or words.shape[0] != batch or word_count != layout.words:
+        raise ValueError(f"slots {tuple(words.shape)} of {layout.tile} coefficients cannot hold tokens {tuple(x.shape)}")
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    if x.numel() == 0:
+        return
+    device = x.device
+    pdl = dependent_launch(device)
+    encode_kernel[(batch * heads, tokens)](
+        x,
+        position,
+        words,
+        layout.lengths(device),
+        layout.codewords(device),
+        _symbol_bits(layout, device),
+        heads,
+        all_heads,
+        max_tokens,
+        *x.stride()[:3],
+        PRICE * GRANULAR_ERROR["e8"] if effort else 0.0,
+        start_rms(layout.code / 8, "e8"),
+        MAX_OVERLOAD * GRANULAR_ERROR["e8"] * layout.tile,
+        K=layout.rice_parameter,
+        CLASSES=layout.classes,
+        LIMIT=layout.max_magnitude + 1,
+        TILE=layout.tile,
+        WORDS=layout.words,
+        WALL_UNIT=layout.wall_unit,
+        HEAD_DIM=head_dim,
+        JOIN=join,
+        VECTORS=triton.next_power_of_2(layout.tile // 8),
+        STREAM_PAD=triton.next_power_of_2(layout.stream_words),
+        EFFORT=effort,
+        PDL=pdl,
+        num_warps=num_warps,
+        **({"launch_pdl": True} if pdl else {}),
+    )

@@ -23,13 +23,14 @@ from ..format.layout import TileLayout
 from ..format.mma import check_mma, round_operands
 from .decode import decode_words
 from .launch import FUSED_BATCH, LIBRARY_BATCH, fp8_products
-from .registry import LIBRARY, NAMESPACE, check_floating, check_qdata, register
+from .prologue import NO_PROLOGUE, Prologue
+from .registry import LIBRARY, NAMESPACE, check_floating, check_qdata, register, traced
 
 # rows are decoded in blocks of about this many weights: a float copy of a block stays small beside the packed weight
 _BLOCK_WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 
-def _check(x: torch.Tensor, qdata: torch.Tensor, act_pre_scale: torch.Tensor | None, layout: TileLayout, in_features: int) -> None:
+def check_linear(x: torch.Tensor, qdata: torch.Tensor, act_pre_scale: torch.Tensor | None, layout: TileLayout, in_features: int) -> None:
     check_floating("x", x)
     columns = qdata.shape[1] * layout.tile
     if not columns - layout.tile < in_features <= columns:
@@ -66,6 +67,19 @@ def _weight_blocks(qdata: torch.Tensor, layout: TileLayout, dtype: torch.dtype):
         yield block, points.mul_(scale[..., None]).flatten(-2)
 
 
+def products(rotated: torch.Tensor, qdata: torch.Tensor, layout: TileLayout, mma: str) -> torch.Tensor:
+    """`[M, N]`: rotated activations `[M, columns]` times the transposed rotated weight, operands rounded as `mma` says."""
+    out = rotated.new_empty((rotated.shape[0], qdata.shape[0]))
+    if mma == "nvfp4":  # one of its scales is the whole weight's
+        weight = torch.cat([weight for _, weight in _weight_blocks(qdata, layout, rotated.dtype)])
+        rotated, weight = round_operands(rotated, weight, mma, layout.tile)
+        return torch.mm(rotated, weight.t(), out=out)
+    for block, weight in _weight_blocks(qdata, layout, rotated.dtype):
+        x_rounded, weight = round_operands(rotated, weight, mma, layout.tile)
+        out[:, block] = x_rounded @ weight.t()
+    return out
+
+
 def _rice_linear(
     x: torch.Tensor,
     qdata: torch.Tensor,
@@ -78,22 +92,25 @@ def _rice_linear(
     mma: str = "auto",
 ) -> torch.Tensor:
     layout = check_qdata(qdata, lattice, tile, code)
-    _check(x, qdata, act_pre_scale, layout, x.shape[-1])
+    check_linear(x, qdata, act_pre_scale, layout, x.shape[-1])
     check_mma(mma)
     rows, tiles, _ = qdata.shape
     rotated = rotate_activations(x.reshape(-1, x.shape[-1]), act_pre_scale, layout, tiles * tile, seed)
-    out = rotated.new_empty((rotated.shape[0], rows))
-    if mma == "nvfp4":  # one of its scales is the whole weight's
-        weight = torch.cat([weight for _, weight in _weight_blocks(qdata, layout, rotated.dtype)])
-        rotated, weight = round_operands(rotated, weight, mma, tile)
-        torch.mm(rotated, weight.t(), out=out)
-    else:
-        for block, weight in _weight_blocks(qdata, layout, rotated.dtype):
-            x_rounded, weight = round_operands(rotated, weight, mma, tile)
-            out[:, block] = x_rounded @ weight.t()
+    out = products(rotated, qdata, layout, mma)
     if bias is not None:
         out += bias
     return out.to(x.dtype).view(*x.shape[:-1], rows)
+
+
+def rows_of(x: torch.Tensor) -> torch.Tensor:
+    """`[..., K]` as `[M, K]` with contiguous rows; a copy only where there is no such view."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(-1) == 1 else flat.contiguous()
+
+
+def takes_fused_kernel(mma: str, dtype: torch.dtype, batch: int) -> bool:
+    """Whether the fused CUDA kernel multiplies `batch` rows of activations."""
+    return batch <= FUSED_BATCH and (mma == "int8" or (mma == "auto" and dtype != torch.float32))
 
 
 def _rice_linear_cuda(
@@ -107,49 +124,71 @@ def _rice_linear_cuda(
     seed: int,
     mma: str = "auto",
 ) -> torch.Tensor:
-    from .fused import (
-        decode,
-        int8_linear,
-        int8_matmul,
-        rotate,
-        rotate_fp8,
-        rotate_int8,
-    )  # Triton is there on Linux only, and takes its time to import
+    from .fused import int8_linear  # Triton is there on Linux only, and takes its time to import
 
     layout = check_qdata(qdata, lattice, tile, code)
-    _check(x, qdata, act_pre_scale, layout, x.shape[-1])
+    check_linear(x, qdata, act_pre_scale, layout, x.shape[-1])
     check_mma(mma)
     if x.dtype == torch.float64:
         return _rice_linear(x, qdata, act_pre_scale, bias, lattice, tile, code, seed, mma)
-    rows, tiles, _ = qdata.shape
     qdata = qdata.contiguous()
-    flat = x.reshape(-1, x.shape[-1])
-    if flat.stride(-1) != 1:
-        flat = flat.contiguous()
-    batch = flat.shape[0]
-    if mma == "int8" or (mma == "auto" and x.dtype != torch.float32 and batch < LIBRARY_BATCH):
-        if batch <= FUSED_BATCH:
-            out = int8_linear(flat, qdata, act_pre_scale, bias, layout, seed)
-        else:
-            codes, scale = decode(qdata, layout, torch.int8)
-            out = int8_matmul(*rotate_int8(flat, act_pre_scale, layout, tiles, seed), codes, scale, bias, x.dtype)
-        return out.view(*x.shape[:-1], rows)
-    # library products want all of one dtype; the other paths take any
-    bias = None if bias is None else bias.to(x.dtype)
-    if mma == "fp8" and fp8_products(x.device) and rows % 16 == 0 and batch > 0 and x.dtype == torch.bfloat16:
-        activations, x_scale = rotate_fp8(flat, act_pre_scale, layout, tiles, seed)
-        weight, row_scale = decode(qdata, layout, torch.float8_e4m3fn, row_scale=True)
-        out = torch._scaled_mm(activations, weight.t(), scale_a=x_scale[:, None], scale_b=row_scale[None], bias=bias, out_dtype=x.dtype)
+    flat = rows_of(x)
+    if takes_fused_kernel(mma, x.dtype, flat.shape[0]):
+        out = int8_linear(flat, qdata, act_pre_scale, bias, layout, seed)
     else:
-        weight, _ = decode(qdata, layout, x.dtype)
-        activations, weight = round_operands(rotate(flat, act_pre_scale, layout, tiles, seed, x.dtype), weight, mma, tile)
-        out = F.linear(activations, weight, bias)
-    return out.view(*x.shape[:-1], rows)
+        out = library_linear(flat, [qdata], act_pre_scale, [bias], [layout], seed, mma)
+    return out.view(*x.shape[:-1], qdata.shape[0])
+
+
+def library_linear(
+    x: torch.Tensor,
+    qdata: list[torch.Tensor],
+    act_pre_scale: torch.Tensor | None,
+    bias: list[torch.Tensor | None],
+    layouts: list[TileLayout],
+    seed: int,
+    mma: str,
+    prologue: Prologue = NO_PROLOGUE,
+) -> torch.Tensor:
+    """On CUDA, `[M, sum N]` for activations `[M, K]`: rotate once, decode the siblings one below the other, one product."""
+    from .fused import decode, int8_matmul, rotate
+
+    rows, tiles, batch = [q.shape[0] for q in qdata], qdata[0].shape[1], x.shape[0]
+    # a scale of nvfp4 is the whole weight's, so siblings cannot be rounded as one
+    if mma == "nvfp4" and len(qdata) > 1:
+        parts = zip(qdata, bias, layouts, strict=True)
+        return torch.cat([library_linear(x, [q], act_pre_scale, [b], [layout], seed, mma, prologue) for q, b, layout in parts], 1)
+    # library products want all of one dtype; the other paths take any
+    joined = _join_bias(bias, rows, x)
+    int8 = mma == "int8" or (mma == "auto" and x.dtype != torch.float32 and batch < LIBRARY_BATCH)
+    fp8 = mma == "fp8" and fp8_products(x.device) and sum(rows) % 16 == 0 and batch > 0 and x.dtype == torch.bfloat16
+    dtype = torch.int8 if int8 else torch.float8_e4m3fn if fp8 else x.dtype
+    rotated, act_scale = rotate(x, act_pre_scale, layouts[0], tiles, seed, dtype, prologue)
+    weight = torch.empty((sum(rows), rotated.shape[1]), dtype=dtype, device=x.device)
+    scales = [
+        decode(q, layout, dtype, row_scale=fp8, out=out)[1] for q, layout, out in zip(qdata, layouts, weight.split(rows), strict=True)
+    ]
+    if int8 or fp8:
+        scale = scales[0] if len(scales) == 1 else torch.cat(scales)
+    if int8:
+        return int8_matmul(rotated, act_scale, weight, scale, joined, x.dtype)
+    if fp8:
+        return torch._scaled_mm(rotated, weight.t(), scale_a=act_scale[:, None], scale_b=scale[None], bias=joined, out_dtype=x.dtype)
+    rotated, weight = round_operands(rotated, weight, mma, layouts[0].tile)
+    return F.linear(rotated, weight, joined)
+
+
+def _join_bias(bias: list[torch.Tensor | None], rows: list[int], x: torch.Tensor) -> torch.Tensor | None:
+    """Biases of siblings one after the other, zeros where there is none, in the dtype of `x`."""
+    if len(bias) == 1 or all(b is None for b in bias):
+        return None if bias[0] is None else bias[0].to(x.dtype)
+    return torch.cat([x.new_zeros(n) if b is None else b.to(x.dtype) for b, n in zip(bias, rows, strict=True)])
 
 
 def _rice_linear_fake(x, qdata, act_pre_scale, bias, lattice, tile, code, seed, mma="auto"):
+    traced()
     layout = check_qdata(qdata, lattice, tile, code)
-    _check(x, qdata, act_pre_scale, layout, x.shape[-1])
+    check_linear(x, qdata, act_pre_scale, layout, x.shape[-1])
     check_mma(mma)
     return x.new_empty((*x.shape[:-1], qdata.shape[0]))
 
@@ -187,7 +226,7 @@ def _rice_linear_backward(
 
 def _rice_linear_backward_fake(grad, qdata, act_pre_scale, lattice, tile, code, seed, in_features):
     layout = check_qdata(qdata, lattice, tile, code)
-    _check(grad, qdata, act_pre_scale, layout, in_features)
+    check_linear(grad, qdata, act_pre_scale, layout, in_features)
     return grad.new_empty((*grad.shape[:-1], in_features))
 
 

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+from torch._guards import TracingContext
 
 from ..format.layout import TileLayout
 
@@ -14,10 +15,10 @@ NAMESPACE = "hyperquant"
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
-def register(schema: str, fake: Callable, **by_device: Callable) -> None:
+def register(schema: str, fake: Callable, tags: tuple[torch.Tag, ...] = (), **by_device: Callable) -> None:
     """Define `hyperquant::<schema>` with a fake kernel and one implementation per dispatch key (`CPU=`, `CUDA=`)."""
     name = schema.split("(", 1)[0]
-    LIBRARY.define(schema)
+    LIBRARY.define(schema, tags=tags)
     for key, function in by_device.items():
         LIBRARY.impl(name, _on_own_device(function) if key == "CUDA" else function, key)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
@@ -32,6 +33,23 @@ def _on_own_device(function: Callable) -> Callable:
             return function(first, *args, **kwargs)
 
     return call
+
+
+_on_first_trace: Callable[[], None] | None = None
+
+
+def on_first_trace(function: Callable[[], None] | None) -> None:
+    """What to call once, when a compiler first traces a layer; None: nothing. For what only those need who compile."""
+    global _on_first_trace
+    _on_first_trace = function
+
+
+def traced() -> None:
+    """For fake kernels to call."""
+    global _on_first_trace
+    if _on_first_trace is not None and TracingContext.try_get() is not None:
+        function, _on_first_trace = _on_first_trace, None
+        function()
 
 
 tile_layout = functools.lru_cache(maxsize=1024)(TileLayout)

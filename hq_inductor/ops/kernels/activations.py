@@ -1,9 +1,15 @@
 """Randomized Hadamard transform of activations, quantized to int8 per tile, in the order the fused linear kernel reads.
 
-Definition.  Per row m and tile t: `r = RHT(x * pre_scale)` (`hq_inductor.format.hadamard`), times sqrt(3) at even places for a2, whose
-             codes leave it out; `act_scale = max |r| / 127`, `q = round(r / act_scale)`, ties to even. A tile of zeros has scale 0.
+Definition.  Per row m and tile t: `r = RHT(prologue(x) * pre_scale)` (`hq_inductor.ops.prologue`, `hq_inductor.format.hadamard`),
+             times sqrt(3) at even places for a2, whose codes leave it out; `act_scale = max |r| / 127`, `q = round(r / act_scale)`,
+             ties to even. A tile of zeros has scale 0.
 Storage.     `q`, int8 `[tiles * TILE / 64, M_PAD, 64]`: the 64 coefficients of a block stand as `[lane j][vector v % 2][8]`, so that one
              16-byte load gives a thread its B operands of two MMAs. `act_scale`, fp32 `[tiles, M_PAD]`. Rows M to M_PAD are zeros.
+             For products of large batches rows stand as they are: in a floating point dtype; as int8 with the same scales; or as e4m3 with
+             one scale per row, `max_t |r_t| / 448`, |r_t| the Euclidean norm of a tile. No coefficient exceeds its tile's norm; the
+             transform keeps the norm, so it is known before; and what it is above the largest coefficient (4 to 8 times) costs a
+             floating point format no precision.
+ALIGNED.     Features and distances of rows are multiples of 16: loads of 16 bytes.
 """
 
 from __future__ import annotations
@@ -42,10 +48,88 @@ def round_to_even(x):
     return (x + magic) - magic
 
 
+# features whose statistics are taken at a time: all of a row's loads of 16 bytes that a warp can have under way
+_CHUNK = tl.constexpr(2048)
+_SMALLEST = tl.constexpr(2.0**-126)
+
+
+@triton.jit
+def row_statistics(x_ptr, features, eps, PROLOGUE: tl.constexpr):
+    """(mean, 1 / sqrt(variance + eps)) of a row; for RMS norms the mean is 0 and the variance about 0."""
+    # from any number that varies: loops carry tensors
+    mean = features * 0.0
+    spread = features * 0.0
+    for first in range(0, features, _CHUNK):
+        column = first + tl.arange(0, _CHUNK)
+        mask = column < features
+        x = tl.load(x_ptr + column, mask=mask, other=0.0).to(tl.float32)
+        if PROLOGUE == "layer_norm":
+            # chunks joined by their means and spreads (Chan): no difference of large squares
+            count = tl.minimum(features - first, _CHUNK).to(tl.float32)
+            chunk_mean = tl.sum(x, 0) / count
+            away = tl.where(mask, x - chunk_mean, 0.0)
+            step = chunk_mean - mean
+            share = count / (first + count)
+            mean += step * share
+            spread += tl.sum(away * away, 0) + step * step * first * share
+        else:
+            spread += tl.sum(x * x, 0)
+    return mean, 1.0 / tl.sqrt_rn(spread / tl.maximum(features, 1) + eps)
+
+
+@triton.jit
+def _gelu_tanh(x):
+    # 1 + tanh(u) = 2 / (1 + exp(-2 u))
+    return x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+
+
+@triton.jit
+def load_activations(
+    x_ptr,
+    gate_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    mean,
+    inverse_deviation,
+    column,
+    mask,
+    PROLOGUE: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """Columns of a row after the prologue, fp32; zeros where masked out."""
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    x = tl.load(x_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    if PROLOGUE == "silu_mul" or PROLOGUE == "gelu_mul" or PROLOGUE == "gelu_tanh_mul":
+        gate = tl.load(gate_ptr + column, mask=mask, other=0.0).to(tl.float32)
+        if PROLOGUE == "silu_mul":
+            gate = gate / (1.0 + tl.exp(-gate))
+        elif PROLOGUE == "gelu_mul":
+            gate = 0.5 * gate * (1.0 + tl.erf(0.7071067811865476 * gate))
+        else:
+            gate = _gelu_tanh(gate)
+        x = (x * gate.to(DTYPE).to(tl.float32)).to(DTYPE).to(tl.float32)
+    elif PROLOGUE != "none":
+        x = (x - mean) * inverse_deviation
+        if PROLOGUE == "rms_norm_cast":
+            x = x.to(DTYPE).to(tl.float32)
+        if HAS_WEIGHT:
+            x = x * tl.load(norm_weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            x = x + tl.load(norm_bias_ptr + column, mask=mask, other=0.0).to(tl.float32)
+        x = tl.where(mask, x.to(DTYPE).to(tl.float32), 0.0)
+    return x
+
+
 @triton.jit
 def rotate(
     x_ptr,
+    gate_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
     pre_scale_ptr,
+    mean,
+    inverse_deviation,
     t,
     in_features,
     TILE: tl.constexpr,
@@ -53,6 +137,9 @@ def rotate(
     PARTS: tl.constexpr,
     SEED: tl.constexpr,
     HAS_SCALE: tl.constexpr,
+    PROLOGUE: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
 ):
     """RHT of tile `t` of the row at `x_ptr`: fp32 `[PARTS, BLOCK]`, with its columns and their mask; `PARTS * BLOCK >= TILE`."""
     part = tl.arange(0, PARTS)[:, None]
@@ -60,16 +147,21 @@ def rotate(
     column = t * TILE + part * BLOCK + place
     inside = (part * BLOCK < TILE) & (place >= 0)
     mask = inside & (column < in_features)
-    x = tl.load(x_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    x = load_activations(
+        x_ptr, gate_ptr, norm_weight_ptr, norm_bias_ptr, mean, inverse_deviation, column, mask, PROLOGUE, HAS_WEIGHT, HAS_BIAS
+    )
     if HAS_SCALE:
         x = x * tl.load(pre_scale_ptr + column, mask=mask, other=0.0).to(tl.float32)
     x = x * _signs(place, SEED)
     return hadamard(x, PARTS, BLOCK) * (1.0 / (BLOCK**0.5)), column, inside
 
 
-@triton.jit(do_not_specialize=["M", "M_PAD", "in_features", "counters"])
+@triton.jit(do_not_specialize=["M", "M_PAD", "in_features", "counters", "eps"])
 def rotate_quantize_kernel(
     x_ptr,  # [M, in_features], rows stride_xm apart
+    gate_ptr,  # the same, rows stride_gm apart, or anything if the prologue has no gate
+    norm_weight_ptr,  # [in_features], or anything if not HAS_WEIGHT
+    norm_bias_ptr,  # [in_features], or anything if not HAS_BIAS
     pre_scale_ptr,  # [in_features], or anything if not HAS_SCALE
     q_ptr,  # [tiles * TILE / 64, M_PAD, 64] int8
     act_scale_ptr,  # [tiles, M_PAD] fp32
@@ -78,16 +170,22 @@ def rotate_quantize_kernel(
     M_PAD,
     in_features,
     stride_xm,
+    stride_gm,
     counters,
+    eps,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
     SEED: tl.constexpr,
     HAS_SCALE: tl.constexpr,
+    PROLOGUE: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     LATTICE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (m, t): one tile of one row."""
+    """Program (m, t): one tile of one row. A norm's statistics are taken anew by each: the row is in a cache near by."""
     if PDL:
         # the linear kernel may start on its tables and weights; what it reads of ours it waits for, as we do for what comes before
         gdc_launch_dependents()
@@ -98,8 +196,37 @@ def rotate_quantize_kernel(
         for first in range(0, counters, 256):
             index = first + tl.arange(0, 256)
             tl.store(counter_ptr + index, index * 0, mask=index < counters)
-    row_ptr = x_ptr + tl.minimum(m, M - 1).to(tl.int64) * stride_xm
-    r, column, inside = rotate(row_ptr, pre_scale_ptr, t, in_features, TILE, BLOCK, PARTS, SEED, HAS_SCALE)
+    if ALIGNED:
+        # no change, but the compiler sees it
+        in_features = in_features // 16 * 16
+        stride_xm = stride_xm // 16 * 16
+        stride_gm = stride_gm // 16 * 16
+    row = tl.minimum(m, M - 1).to(tl.int64)
+    row_ptr = x_ptr + row * stride_xm
+    mean = 0.0
+    inverse_deviation = 1.0
+    if PROLOGUE == "rms_norm" or PROLOGUE == "rms_norm_cast" or PROLOGUE == "layer_norm":
+        # rows that are padding have no statistics
+        mean, inverse_deviation = row_statistics(row_ptr, tl.where(m < M, in_features, 0), eps, PROLOGUE)
+    r, column, inside = rotate(
+        row_ptr,
+        gate_ptr + row * stride_gm,
+        norm_weight_ptr,
+        norm_bias_ptr,
+        pre_scale_ptr,
+        mean,
+        inverse_deviation,
+        t,
+        in_features,
+        TILE,
+        BLOCK,
+        PARTS,
+        SEED,
+        HAS_SCALE,
+        PROLOGUE,
+        HAS_WEIGHT,
+        HAS_BIAS,
+    )
     if LATTICE == "a2":
         r = tl.where(column % 2 == 0, r * 1.7320508075688772, r)
     r = tl.where(m < M, r, 0.0)
@@ -111,22 +238,140 @@ def rotate_quantize_kernel(
     tl.store(act_scale_ptr + t * M_PAD + m, largest / 127.0)
 
 
+@triton.jit(do_not_specialize=["in_features", "eps"])
+def row_statistics_kernel(
+    x_ptr,  # [M, in_features], rows stride_xm apart
+    statistics_ptr,  # [M, 2] fp32: mean, 1 / sqrt(variance + eps)
+    in_features,
+    stride_xm,
+    eps,
+    PROLOGUE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Program m: the statistics of one row, for `rotate_kernel`, where many rows would make it costly to take them once per tile."""
+    if ALIGNED:
+        in_features = in_features // 16 * 16
+        stride_xm = stride_xm // 16 * 16
+    m = tl.program_id(0).to(tl.int64)
+    mean, inverse_deviation = row_statistics(x_ptr + m * stride_xm, in_features, eps, PROLOGUE)
+    tl.store(statistics_ptr + 2 * m, mean)
+    tl.store(statistics_ptr + 2 * m + 1, inverse_deviation)
+
+
+@triton.jit(do_not_specialize=["in_features", "tiles"])
+def fp8_scale_kernel(
+    x_ptr,  # [M, in_features], rows stride_xm apart
+    gate_ptr,  # the same, rows stride_gm apart, or anything if the prologue has no gate
+    norm_weight_ptr,  # [in_features], or anything if not HAS_WEIGHT
+    norm_bias_ptr,  # [in_features], or anything if not HAS_BIAS
+    statistics_ptr,  # [M, 2] fp32, or anything if the prologue is no norm
+    pre_scale_ptr,  # [in_features], or anything if not HAS_SCALE
+    scale_ptr,  # [M] fp32
+    in_features,
+    stride_xm,
+    stride_gm,
+    tiles,
+    TILE: tl.constexpr,
+    PADDED: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    PROLOGUE: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Program m: the scale of a row of e4m3; `PADDED` is the power of two from TILE up."""
+    if ALIGNED:
+        in_features = in_features // 16 * 16
+        stride_xm = stride_xm // 16 * 16
+        stride_gm = stride_gm // 16 * 16
+    m = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, PADDED)
+    mean = 0.0
+    inverse_deviation = 1.0
+    if PROLOGUE == "rms_norm" or PROLOGUE == "rms_norm_cast" or PROLOGUE == "layer_norm":
+        mean = tl.load(statistics_ptr + 2 * m)
+        inverse_deviation = tl.load(statistics_ptr + 2 * m + 1)
+    row_ptr = x_ptr + m * stride_xm
+    gate_row_ptr = gate_ptr + m * stride_gm
+    scale = tl.full([], _SMALLEST, tl.float32)
+    for t in range(tiles):
+        column = t * TILE + place
+        mask = (place < TILE) & (column < in_features)
+        x = load_activations(
+            row_ptr, gate_row_ptr, norm_weight_ptr, norm_bias_ptr, mean, inverse_deviation, column, mask, PROLOGUE, HAS_WEIGHT, HAS_BIAS
+        )
+        if HAS_SCALE:
+            x = x * tl.load(pre_scale_ptr + column, mask=mask, other=0.0).to(tl.float32)
+        # squares of large elements would overflow
+        peak = tl.maximum(tl.max(tl.abs(x), 0), _SMALLEST)
+        x = x / peak
+        scale = tl.maximum(scale, tl.sqrt(tl.sum(x * x, 0)) * (peak / 448.0))
+    tl.store(scale_ptr + m, scale)
+
+
 @triton.jit(do_not_specialize=["in_features", "tiles"])
 def rotate_kernel(
     x_ptr,  # [M, in_features], rows stride_xm apart
+    gate_ptr,  # the same, rows stride_gm apart, or anything if the prologue has no gate
+    norm_weight_ptr,  # [in_features], or anything if not HAS_WEIGHT
+    norm_bias_ptr,  # [in_features], or anything if not HAS_BIAS
+    statistics_ptr,  # [M, 2] fp32, or anything if the prologue is no norm
     pre_scale_ptr,  # [in_features], or anything if not HAS_SCALE
     out_ptr,  # [M, tiles * TILE]
+    scale_ptr,  # int8: [tiles, M] fp32, written; e4m3: [M] fp32, read; else anything
     in_features,
     stride_xm,
+    stride_gm,
     tiles,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
     SEED: tl.constexpr,
     HAS_SCALE: tl.constexpr,
+    PROLOGUE: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    LATTICE: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
-    """Program (m, t): the rotation alone of one tile of one row, in the dtype of `out`."""
+    """Program (m, t): one tile of one row, in plain order and the dtype of `out`."""
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    if ALIGNED:
+        in_features = in_features // 16 * 16
+        stride_xm = stride_xm // 16 * 16
+        stride_gm = stride_gm // 16 * 16
     m = tl.program_id(0).to(tl.int64)
     t = tl.program_id(1)
-    r, column, inside = rotate(x_ptr + m * stride_xm, pre_scale_ptr, t, in_features, TILE, BLOCK, PARTS, SEED, HAS_SCALE)
-    tl.store(out_ptr + m * (tiles * TILE) + column, r.to(out_ptr.dtype.element_ty), mask=inside)
+    mean = 0.0
+    inverse_deviation = 1.0
+    if PROLOGUE == "rms_norm" or PROLOGUE == "rms_norm_cast" or PROLOGUE == "layer_norm":
+        mean = tl.load(statistics_ptr + 2 * m)
+        inverse_deviation = tl.load(statistics_ptr + 2 * m + 1)
+    r, column, inside = rotate(
+        x_ptr + m * stride_xm,
+        gate_ptr + m * stride_gm,
+        norm_weight_ptr,
+        norm_bias_ptr,
+        pre_scale_ptr,
+        mean,
+        inverse_deviation,
+        t,
+        in_features,
+        TILE,
+        BLOCK,
+        PARTS,
+        SEED,
+        HAS_SCALE,
+        PROLOGUE,
+        HAS_WEIGHT,
+        HAS_BIAS,
+    )
+    if DTYPE == tl.int8:
+        if LATTICE == "a2":
+            r = tl.where(column % 2 == 0, r * 1.7320508075688772, r)
+        largest = tl.max(tl.max(tl.abs(r), 1), 0)
+        r = round_to_even(r * tl.where(largest > 0, 127.0 / largest, 0.0))
+        tl.store(scale_ptr + t * tl.num_programs(0) + m, largest / 127.0)
+    elif DTYPE == tl.float8e4nv:
+        r = tl.minimum(tl.maximum(r * (1.0 / tl.load(scale_ptr + m)), -448.0), 448.0)
+    tl.store(out_ptr + m * (tiles * TILE) + column, r.to(DTYPE), mask=inside)

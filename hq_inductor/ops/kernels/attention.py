@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .activations import round_to_even
 from .bits import INTERPRETED
 from .shared import (
     copy_async_16,
@@ -39,6 +40,7 @@ from .warp import (
     column_max,
     column_sum,
     exchange,
+    from_lane,
     halves,
     mma_16bit,
     mma_s8,
@@ -46,6 +48,7 @@ from .warp import (
     sync_warp,
     transpose,
 )
+from .wide import load_8_values, load_16
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 # where the tables stand in shared memory, after the buffers
@@ -58,10 +61,10 @@ _MOST = tl.constexpr(32768.0)
 
 
 @triton.jit
-def _query_value(query_ptr, row_offset, d, first_dim, mask, HEAD_DIM: tl.constexpr):
-    """Coordinate `d` of a column's query in the slot: zero outside its own head."""
+def _query_8(query_ptr, row_offset, d, first_dim, mask, HEAD_DIM: tl.constexpr):
+    """Coordinates `d` to `d + 7` of a column's query in the slot: zeros outside its own head."""
     place = d - first_dim
-    return tl.load(query_ptr + row_offset + place, mask=mask & (place >= 0) & (place < HEAD_DIM), other=0.0)
+    return load_8_values(query_ptr + row_offset + place, mask & (place >= 0) & (place < HEAD_DIM))
 
 
 @triton.jit
@@ -136,8 +139,6 @@ def _exact_step(
     dtype: tl.constexpr = k_exact_ptr.dtype.element_ty
     entries = sinks + window
     period = tl.maximum(window, 1)
-    words_k = k_exact_ptr.to(tl.pointer_type(tl.int32))
-    words_v = v_exact_ptr.to(tl.pointer_type(tl.int32))
     rows = ()
     tokens = ()
     inside = ()
@@ -163,13 +164,11 @@ def _exact_step(
             k_regs = ()
             for side in tl.static_range(2):
                 offset = ((b * kv_heads + head).to(tl.int64) * entries + rows[side]) * HEAD_DIM + d % HEAD_DIM
-                for i in tl.static_range(4):
-                    k_regs = k_regs + (tl.load(words_k + (offset // 2 + i), mask=there & inside[side], other=0),)
+                k_regs = k_regs + load_16(k_exact_ptr + offset, there & inside[side])
+            q = _query_8(query_ptr, query_row, d, query_first, query_mask, HEAD_DIM)
             q_regs = ()
             for i in tl.static_range(4):
-                q_low = _query_value(query_ptr, query_row, d + 2 * i, query_first, query_mask, HEAD_DIM)
-                q_high = _query_value(query_ptr, query_row, d + 2 * i + 1, query_first, query_mask, HEAD_DIM)
-                q_regs = q_regs + (pack_halves(q_low.to(tl.float32), q_high.to(tl.float32), dtype),)
+                q_regs = q_regs + (pack_halves(q[2 * i], q[2 * i + 1], dtype),)
             for i in tl.static_range(2):
                 s0, s1, s2, s3 = mma_16bit(
                     s0,
@@ -220,8 +219,7 @@ def _exact_step(
             v_regs = ()
             for side in tl.static_range(2):
                 offset = ((b * kv_heads + head).to(tl.int64) * entries + rows[side]) * HEAD_DIM + d % HEAD_DIM
-                for i in tl.static_range(4):
-                    v_regs = v_regs + (tl.load(words_v + (offset // 2 + i), mask=there & inside[side], other=0),)
+                v_regs = v_regs + load_16(v_exact_ptr + offset, there & inside[side])
             for half in tl.static_range(2):
                 a0 = transpose(halves(v_regs[2 * half], v_regs[2 * half + 1], 0), NUM_WARPS)
                 a1 = transpose(halves(v_regs[2 * half], v_regs[2 * half + 1], 1), NUM_WARPS)
@@ -362,34 +360,31 @@ def attention_kernel(
     q_row = b * stride_qb + ((h * JOIN + sub) * group + column % group) * stride_qh + column // (JOIN * group) * stride_qs
     q_mask = (column < queries * JOIN * group) & (h * JOIN + sub < kv_heads)
     q_first = sub * HEAD_DIM
-    largest = tl.zeros([32 * NUM_WARPS], tl.float32)
+    values = ()
     for g in tl.static_range(GROUPS):
         for v in tl.static_range(4):
-            for i in tl.static_range(8):
-                value = _query_value(query_ptr, q_row, 128 * g + 32 * v + 8 * j + i, q_first, q_mask, HEAD_DIM).to(tl.float32)
-                largest = tl.maximum(largest, tl.abs(value))
+            values = values + _query_8(query_ptr, q_row, 128 * g + 32 * v + 8 * j, q_first, q_mask, HEAD_DIM)
+    largest = tl.zeros([32 * NUM_WARPS], tl.float32)
+    for i in tl.static_range(32 * GROUPS):
+        largest = tl.maximum(largest, tl.abs(values[i]))
     largest = tl.maximum(largest, exchange(largest, 1, NUM_WARPS))
     largest = tl.maximum(largest, exchange(largest, 2, NUM_WARPS))
     factor = tl.where(largest > 0, 16256.0 / largest, 0.0)
     q_high = ()
     q_low = ()
-    for g in tl.static_range(GROUPS):
-        for v in tl.static_range(4):
-            for half in tl.static_range(2):
-                high_word = lane * 0
-                low_word = lane * 0
-                for i in tl.static_range(4):
-                    d = 128 * g + 32 * v + 8 * j + 4 * half + i
-                    value = _query_value(query_ptr, q_row, d, q_first, q_mask, HEAD_DIM).to(tl.float32) * factor
-                    # nearest integer, and nearest multiple of 128 below it and above
-                    q = ((value + 12582912.0) - 12582912.0).to(tl.int32)
-                    high = (q + 64) >> 7
-                    high_word = high_word | ((high & 0xFF) << (8 * i))
-                    low_word = low_word | (((q - high * 128) & 0xFF) << (8 * i))
-                q_high = q_high + (high_word,)
-                q_low = q_low + (low_word,)
+    for word in tl.static_range(8 * GROUPS):
+        high_word = lane * 0
+        low_word = lane * 0
+        for i in tl.static_range(4):
+            q = round_to_even(values[4 * word + i] * factor).to(tl.int32)
+            # the nearest multiple of 128, and the rest
+            q_above = (q + 64) >> 7
+            high_word = high_word | ((q_above & 0xFF) << (8 * i))
+            low_word = low_word | (((q - q_above * 128) & 0xFF) << (8 * i))
+        q_high = q_high + (high_word,)
+        q_low = q_low + (low_word,)
 
-    # columns 2 j and 2 j + 1 of sums; column c is held, as r, by thread 4 c
+    # columns 2 j and 2 j + 1 of sums; as an operand, column c is with threads 4 c to 4 c + 3
     q_scale = ()
     low = ()
     high = ()
@@ -409,13 +404,7 @@ def attention_kernel(
         coded_last = tl.minimum(tl.minimum(at, coded_end - 1), 16 * step_end - 1)
         counts = counts + (tl.where(real, tl.maximum(coded_last - tl.maximum(column_first, sinks) + 1, 0), 0),)
         mask_rows = mask_rows + (b * stride_mb + tl.minimum(position, queries - 1) * stride_ms,)
-        # the largest coordinate again, now of this column
-        own_row = b * stride_qb + ((h * JOIN + own_sub) * group + own % group) * stride_qh + position * stride_qs
-        own_largest = tl.zeros([32 * NUM_WARPS], tl.float32)
-        for d in tl.static_range(HEAD_DIM // 8):
-            value = tl.load(query_ptr + own_row + 8 * d + r, mask=real, other=0.0).to(tl.float32)
-            own_largest = tl.maximum(own_largest, tl.abs(value))
-        q_scale = q_scale + (column_max(own_largest, NUM_WARPS) * (scale / 16256.0),)
+        q_scale = q_scale + (from_lane(largest, 8 * j + 4 * i, NUM_WARPS) * (scale / 16256.0),)
     first_0 = tl.maximum(low[0], sinks)
     first_1 = tl.maximum(low[1], sinks)
 

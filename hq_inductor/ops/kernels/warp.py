@@ -63,6 +63,10 @@ if INTERPRETED:
         return tl.reshape(tl.permute(tl.join(b, a), [0, 2, 1]), [32 * NUM_WARPS])
 
     @triton.jit
+    def from_lane(x, lane, NUM_WARPS: tl.constexpr):
+        return tl.gather(x, tl.arange(0, 32 * NUM_WARPS) // 32 * 32 + lane, 0)
+
+    @triton.jit
     def pack_halves(low, high, DTYPE: tl.constexpr):
         low = low.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32)
         high = high.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32)
@@ -133,6 +137,13 @@ else:
             tl.float32,
             is_pure=True,
             pack=1,
+        )
+
+    @triton.jit
+    def from_lane(x, lane, NUM_WARPS: tl.constexpr):
+        """fp32 of thread `lane` of the warp."""
+        return tl.inline_asm_elementwise(
+            "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=f,f,r", [x, lane], tl.float32, is_pure=True, pack=1
         )
 
     @triton.jit

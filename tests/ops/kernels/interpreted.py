@@ -13,7 +13,7 @@ from hq_inductor.format.hadamard import hadamard_block, hadamard_ref
 from hq_inductor.format.lattice import embed
 from hq_inductor.format.layout import TileLayout
 from hq_inductor.format.mma import E4M3_MAX, fp8_scale
-from hq_inductor.ops.fused import decode, int8_linear, int8_matmul, rotate, rotate_fp8, rotate_int8, rotate_quantize
+from hq_inductor.ops.fused import decode, int8_linear, int8_matmul, rotate, rotate_quantize
 from hq_inductor.ops.launch import LinearLaunch, MatmulLaunch
 
 ops = torch.ops.hyperquant
@@ -55,7 +55,7 @@ def check_case(lattice: str, bps: float, rows: int, columns: int, tile: int | No
     q, scale, counters = rotate_quantize(x, pre_scale, layout, tiles, 3, padded, 5)
     assert (counters == 0).all()
     rotated = hadamard_ref(x.double() * (1 if pre_scale is None else pre_scale.double()), hadamard_block(layout.tile), 3)
-    plain = rotate(x, pre_scale, layout, tiles, 3, torch.float32)
+    plain, _ = rotate(x, pre_scale, layout, tiles, 3, torch.float32)
     torch.testing.assert_close(plain.double(), rotated, rtol=1e-5, atol=1e-5)
     if lattice == "a2":
         rotated *= embed(torch.ones(1, columns, dtype=torch.int8), "a2", torch.float64)
@@ -71,7 +71,7 @@ def check_case(lattice: str, bps: float, rows: int, columns: int, tile: int | No
     error = (out.double() - exact).abs().max() / exact.abs().max()
     assert error <= torch.finfo(torch.float16).eps, error
 
-    q, scale = rotate_int8(x, pre_scale, layout, tiles, 3)
+    q, scale = rotate(x, pre_scale, layout, tiles, 3, torch.int8)
     assert torch.equal(q.double() * scale.double().t().repeat_interleave(layout.tile, 1), found[:batch])
     for splits in {1, min(2, tiles)}:
         out = int8_matmul(q, scale, codes, scales, bias, torch.float16, MatmulLaunch(16, 16, 128, 1, 1, splits))
@@ -80,7 +80,7 @@ def check_case(lattice: str, bps: float, rows: int, columns: int, tile: int | No
     # of fp8 only the scales: the interpreter of Triton 3.9 rounds 126 to 64
     _, row_scale = decode(words, layout, torch.float8_e4m3fn, row_scale=True)
     assert torch.equal(row_scale, scales.amax(1) * (layout.largest_value / E4M3_MAX))
-    _, x_scale = rotate_fp8(x, pre_scale, layout, tiles, 3)
+    _, x_scale = rotate(x, pre_scale, layout, tiles, 3, torch.float8_e4m3fn)
     torch.testing.assert_close(x_scale, fp8_scale(plain, layout.tile), rtol=1e-5, atol=0)
 
     decoded, decoded_scale = decode(words, layout, torch.int8)

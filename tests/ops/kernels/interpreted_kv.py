@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 import triton
 
+from hq_inductor.format.lattice import is_lattice_point
 from hq_inductor.format.layout import TileLayout
-from hq_inductor.ops.fused_kv import AttentionLaunch, attend
-from tests.kv_reference import attend_ref, random_cache
+from hq_inductor.format.rice import decode_tiles, encode_tiles
+from hq_inductor.ops.fused_kv import AttentionLaunch, attend, store
+from tests.kv_reference import attend_ref, decode_slots, encode_slots, random_cache
 
 # bps, head_dim, tile, batch, slots, group, queries, max_tokens, length, sinks, window, sliding, start, mask, dtype, corrupt, launch
 ATTENTION = [
@@ -43,11 +45,55 @@ def check_attention(
         assert attend(query, *noise, *arguments[3:], launch).isfinite().all()
 
 
+# bps, tile, head_dim, effort: every Rice parameter, joined heads with and without a missing one, tiles that fill no power of two
+STORE = [
+    (2.0, 128, 128, 1),
+    (2.5, 128, 64, 0),
+    (3.0, 256, 256, 1),
+    (4.0, 128, 128, 0),
+    (3.5, 384, 96, 0),
+    (5.0, 128, 128, 1),
+    (6.0, 128, 128, 0),
+]
+
+
+def check_store(bps, tile, head_dim, effort):
+    """As good as the CPU's encoder, sum for sum of squared errors; hard vectors decode; places that are not meant stay."""
+    layout, join = TileLayout("e8", tile, int(8 * bps), int(tile * bps) // 32), tile // head_dim
+    kv_heads, tokens, max_tokens = 2 * join - (join > 1), 4, 6
+    x = torch.randn(1, tokens, kv_heads, head_dim).transpose(1, 2)
+    x[:, :, 1] = 0
+    x[:, 0, 2] = 0
+    x[0, 0, 2, 5] = 1000.0
+    x[0, 0, 3, :3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    position = torch.tensor([4, -1, 1, 6]) if effort else torch.tensor([5, 3, 0, 2])
+    words = torch.full((1, 2, max_tokens, layout.words), 77, dtype=torch.int32)
+    store(words, x, position, layout, effort)
+    slots = torch.zeros(1, 2 * join, tokens, head_dim)
+    slots[:, :kv_heads] = x.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    slots = slots.unflatten(1, (2, join)).transpose(2, 3).flatten(-2)
+    inside = (position >= 0) & (position < max_tokens)
+    untouched = torch.ones(max_tokens, dtype=torch.bool)
+    untouched[position[inside]] = False
+    assert (words[:, :, untouched] == 77).all()
+    written, slots = words[:, :, position[inside]], slots[:, :, inside]
+    # what is decoded encodes to the same bits: nothing was lost where regions meet
+    codes, scale = decode_tiles(written.reshape(-1, layout.words), layout)
+    assert is_lattice_point(codes.view(-1, 8), "e8").all()
+    assert torch.equal(encode_tiles(codes, scale, layout), written.reshape(-1, layout.words))
+    found, expected = ((decode_slots(w, layout) - slots).square().sum((0, 1, 3)) for w in (written, encode_slots(slots, layout, effort)))
+    # tokens that are not Gaussian: where clipping decides, the two searches stop at different scales that both are allowed
+    assert (found <= torch.tensor([1.05, 1.05, 2.0, 1.05])[inside] * expected + 1e-12).all(), (found, expected)
+
+
 def main() -> None:
     assert triton.knobs.runtime.interpret
     torch.manual_seed(0)
     for case in ATTENTION:
         check_attention(*case)
+        print("ok", *case, flush=True)
+    for case in STORE:
+        check_store(*case)
         print("ok", *case, flush=True)
 
 

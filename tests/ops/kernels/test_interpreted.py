@@ -8,11 +8,12 @@ import pytest
 pytest.importorskip("triton")
 
 
-def test_kernels_under_the_interpreter():
+@pytest.mark.parametrize(("module", "cases"), [("interpreted", 14), ("interpreted_prologue", 8), ("interpreted_kv", 15)])
+def test_kernels_under_the_interpreter(module, cases):
     root = Path(__file__).parents[3]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
     run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.ops.kernels.interpreted"], cwd=root, env=environment, capture_output=True, text=True
+        [sys.executable, "-W", "ignore", "-m", f"tests.ops.kernels.{module}"], cwd=root, env=environment, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.count("ok ") == 14
+    assert run.stdout.count("ok ") == cases

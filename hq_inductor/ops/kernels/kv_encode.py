@@ -1,0 +1,345 @@
+"""Encode new tokens into slots of the KV cache: scale, lattice points and bits of one slot per program.
+
+Definition.  As `hq_inductor.format.quantizer`: the finest scale at which the code fits, points by error plus lambda times bits (effort 0:
+             lambda 0, the nearest ones), then the least lambda that fits at that scale, and the least-squares scale. Slots decode with
+             `hq_inductor.format.rice`; they need not equal the CPU's bit by bit, because the search differs.
+Search.      16 candidates at a time: scales 6 codes apart, from the root mean square; then the 16 up to the finest that fitted; for
+             effort 1, 16 lambdas at the finest of those. In the first round one that fits may be missing, or the very finest may fit:
+             then the window moves. Of each round the first candidate that fits leaves its codes, so what is written is what was
+             measured. Nothing fitting leaves zeros, which do.
+Work.        A thread takes one vector for one candidate, all 8 coordinates in registers; candidates are rows, vectors columns.
+             Positions of codes are prefix sums of their lengths; words are sums over all vectors of the bits each has there.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .activations import round_to_even
+from .bits import shift_right
+
+_CANDIDATES = tl.constexpr(16)
+_STRIDE = tl.constexpr(6)
+_SCALE_CODES = tl.constexpr(4096)
+# windows that cover all scales
+_MAX_ROUNDS = tl.constexpr(4096 // (16 * 6) + 4)
+
+
+@triton.jit
+def _scale_of(code):
+    """`hq_inductor.format.layout.scale_from_code`."""
+    return ((code + (127 - 40) * 64) << 17).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _code_of(scale):
+    """`hq_inductor.format.layout.scale_to_code` of positive scales in its range."""
+    bits = scale.to(tl.int32, bitcast=True)
+    return tl.minimum(tl.maximum(((bits + (1 << 16)) >> 17) - (127 - 40) * 64, 0), _SCALE_CODES - 1)
+
+
+@triton.jit
+def _round_coset(y, coset: tl.constexpr, price, bits_ptr, LIMIT: tl.constexpr, EFFORT: tl.constexpr):
+    """Cheapest point of one coset of 2 E8 for vectors of 8 tensors: the t of `2 t + coset`, and its cost."""
+    parity = (y[0] * 0).to(tl.int32)
+    cost = y[0] * 0
+    least = y[0] * 0 + 1.0e30
+    which = parity
+    step = parity
+    chosen = ()
+    for i in tl.static_range(8):
+        t = y[i] * 0.5 - 0.5 * coset
+        # floor, or one less for integers; in the range of symbols with the one above
+        below = tl.minimum(tl.maximum(round_to_even(tl.minimum(tl.maximum(t, -2.0 * LIMIT), 2.0 * LIMIT) - 0.5), -1.0 * LIMIT), LIMIT - 2.0)
+        rest = t - below
+        # |rest - 1|^2 - |rest|^2 = 1 - 2 rest, for steps of 2
+        difference = 4.0 - 8.0 * rest
+        own = 4.0 * rest * rest
+        symbol = below.to(tl.int32)
+        if EFFORT > 0:
+            bits_below = tl.load(bits_ptr + (symbol + LIMIT)) * price
+            difference += tl.load(bits_ptr + (symbol + (LIMIT + 1))) * price - bits_below
+            own += bits_below
+        above = difference < 0
+        symbol = tl.where(above, symbol + 1, symbol)
+        cost += own + tl.minimum(difference, 0.0)
+        parity = parity ^ symbol
+        loss = tl.abs(difference)
+        better = loss < least
+        least = tl.where(better, loss, least)
+        which = tl.where(better, i, which)
+        step = tl.where(better, tl.where(above, -1, 1), step)
+        chosen = chosen + (symbol,)
+    odd = (parity & 1) != 0
+    cost = tl.where(odd, cost + least, cost)
+    fixed = ()
+    for i in tl.static_range(8):
+        fixed = fixed + (tl.where(odd & (which == i), chosen[i] + step, chosen[i]),)
+    return fixed, cost
+
+
+@triton.jit
+def _magnitude(symbol):
+    return symbol ^ (symbol >> 31)
+
+
+@triton.jit
+def _quad(a, b, c, d, K: tl.constexpr, CLASSES: tl.constexpr):
+    """Index of a quad of quotients."""
+    index = _magnitude(d) >> (K - 1)
+    index = index * CLASSES + (_magnitude(c) >> (K - 1))
+    index = index * CLASSES + (_magnitude(b) >> (K - 1))
+    return index * CLASSES + (_magnitude(a) >> (K - 1))
+
+
+@triton.jit
+def _wall(left, END: tl.constexpr, WALL_UNIT: tl.constexpr):
+    """Code and bit of the wall for `left` bits of lanes 0 and 1; codes beyond 15 do not exist."""
+    CENTER: tl.constexpr = 16 + (END - 16) // 2
+    # the sum is not negative: shifts round down
+    code = tl.maximum((left + (16 - CENTER + 9 * WALL_UNIT - 1)) // WALL_UNIT, 0)
+    code = tl.where(left + (16 - CENTER + 9 * WALL_UNIT - 1) < 0, 0, code)
+    return code, CENTER + WALL_UNIT * (code - 8)
+
+
+@triton.jit
+def _reverse(x):
+    """Bits of int32 in reverse order."""
+    x = (shift_right(x, 1) & 0x55555555) | ((x & 0x55555555) << 1)
+    x = (shift_right(x, 2) & 0x33333333) | ((x & 0x33333333) << 2)
+    x = (shift_right(x, 4) & 0x0F0F0F0F) | ((x & 0x0F0F0F0F) << 4)
+    x = (shift_right(x, 8) & 0x00FF00FF) | ((x & 0x00FF00FF) << 8)
+    return shift_right(x, 16) | (x << 16)
+
+
+@triton.jit
+def _pack_4(a, b, c, d):
+    return (a & 0xFF) | ((b & 0xFF) << 8) | ((c & 0xFF) << 16) | (d << 24)
+
+
+@triton.jit
+def _symbol(packed, i: tl.constexpr):
+    """Symbol i of eight in two registers."""
+    return (packed[i // 4] << (24 - 8 * (i % 4))) >> 24
+
+
+@triton.jit
+def _raw_word(symbols, cosets, v, w: tl.constexpr, K: tl.constexpr):
+    """What vectors of number `v` in their lane and group have in raw word `w`."""
+    # word 0 holds signs; pairs of low bits take two words, a last single one takes one
+    SINGLE: tl.constexpr = w == 0 or (K % 2 == 0 and w == K - 1)
+    FIRST: tl.constexpr = (w - 1) // 2 * 2
+    word = v * 0
+    for i in tl.static_range(8):
+        if w == 0 and i == 7:
+            bit = cosets
+        elif w == 0:
+            bit = shift_right(symbols[i], 31)
+        elif SINGLE:
+            bit = (_magnitude(symbols[i]) >> (K - 2)) & 1
+        else:
+            bit = tl.where(v // 2 == (w - 1) % 2, (_magnitude(symbols[i]) >> FIRST) & 3, 0)
+        place = 4 * (v % 2) + (2 * (i // 4) + 8 * (i % 4))
+        if SINGLE:
+            place += v // 2
+        word = word | (bit << place)
+    return word
+
+
+@triton.jit(do_not_specialize=["heads", "all_heads", "max_tokens", "stride_xb", "stride_xh", "stride_xs"])
+def encode_kernel(
+    x_ptr,  # [B, all_heads, S, HEAD_DIM], strided, last dimension contiguous
+    position_ptr,  # [S] int64
+    words_ptr,  # [B, heads, max_tokens, WORDS] int32
+    lengths_ptr,  # [CLASSES^4] int32
+    codewords_ptr,  # [CLASSES^4] int32
+    bits_ptr,  # [2 LIMIT] fp32, of symbols -LIMIT to LIMIT - 1
+    heads,
+    all_heads,
+    max_tokens,
+    stride_xb,
+    stride_xh,
+    stride_xs,
+    price,  # lambda, squared units of the scale per bit
+    start_rms,
+    overload,  # squared error from clipping that a slot may have, in units of the scale
+    K: tl.constexpr,
+    CLASSES: tl.constexpr,
+    LIMIT: tl.constexpr,  # symbols are from -LIMIT to LIMIT - 1
+    TILE: tl.constexpr,
+    WORDS: tl.constexpr,
+    WALL_UNIT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    JOIN: tl.constexpr,
+    VECTORS: tl.constexpr,  # power of two, at least TILE / 8
+    STREAM_PAD: tl.constexpr,  # power of two, at least the words of the stream plane
+    EFFORT: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Program (i, s): token s of head i of slots."""
+    GROUPS: tl.constexpr = TILE // 128
+    RAW: tl.constexpr = 4 * K * GROUPS
+    STREAM: tl.constexpr = WORDS - RAW
+    END: tl.constexpr = 32 * STREAM
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    unit = tl.program_id(0)
+    s = tl.program_id(1)
+    b = unit // heads
+    h = unit % heads
+    position = tl.load(position_ptr + s)
+
+    vector = tl.arange(0, VECTORS)
+    head = h * JOIN + vector * 8 // HEAD_DIM
+    inside = (vector * 8 < TILE) & (vector * 8 < JOIN * HEAD_DIM) & (head < all_heads)
+    offset = b.to(tl.int64) * stride_xb + head.to(tl.int64) * stride_xh + s.to(tl.int64) * stride_xs + vector * 8 % HEAD_DIM
+    x = ()
+    energy = tl.zeros([VECTORS], tl.float32)
+    largest = tl.zeros([VECTORS], tl.float32)
+    for i in tl.static_range(8):
+        value = tl.load(x_ptr + offset + i, mask=inside, other=0.0).to(tl.float32)
+        # NaN and infinities count as zeros
+        value = tl.where(tl.abs(value) < float("inf"), value, 0.0)
+        energy += value * value
+        largest = tl.maximum(largest, tl.abs(value))
+        x = x + (value,)
+    start = _code_of(tl.sqrt(tl.sum(energy, 0) / TILE) / start_rms)
+    # finer ones clip too much of the largest coordinate
+    start = tl.maximum(start, _code_of(tl.max(largest, 0) / (2.0 * LIMIT - 2.0 + tl.sqrt(overload))))
+
+    number = tl.arange(0, _CANDIDATES)
+    left_lanes = (vector % 4 < 2)[None, :]
+    base = start - _STRIDE * (_CANDIDATES // 2)
+    stride = _STRIDE
+    rows_price = price
+    price_step = price * 0
+    code = start
+    low = vector * 0
+    high = vector * 0
+    cosets = vector * 0
+    stage = 0  # 0: coarse scales, 1: fine scales, 2: lambdas, 3: done
+    went_up = 0
+    rounds = 0
+    while stage < 3:
+        codes = tl.minimum(tl.maximum(base + stride * number, 0), _SCALE_CODES - 1)
+        factor = (1.0 / _scale_of(codes))[:, None]
+        row_price = (rows_price + price_step * number.to(tl.float32))[:, None]
+        y = ()
+        clipped = tl.zeros([_CANDIDATES, VECTORS], tl.float32)
+        for i in tl.static_range(8):
+            scaled = x[i][None, :] * factor
+            excess = tl.maximum(tl.abs(scaled) - (2.0 * LIMIT - 2.0), 0.0)
+            clipped += excess * excess
+            y = y + (scaled,)
+        even, even_cost = _round_coset(y, 0, row_price, bits_ptr, LIMIT, EFFORT)
+        odd, odd_cost = _round_coset(y, 1, row_price, bits_ptr, LIMIT, EFFORT)
+        is_even = even_cost <= odd_cost
+        t = ()
+        for i in tl.static_range(8):
+            t = t + (tl.where(is_even, even[i], odd[i]),)
+        # symbols are the t of both cosets: odd codes are complemented, 2 t + 1 = (2 t') ^ -1 with t' = -t - 1, and so are t
+        length = tl.load(lengths_ptr + _quad(t[0], t[1], t[2], t[3], K, CLASSES))
+        length += tl.load(lengths_ptr + _quad(t[4], t[5], t[6], t[7], K, CLASSES))
+        length = tl.where(vector[None, :] * 8 < TILE, length, 0)
+        both = tl.sum(tl.where(left_lanes, length, length << 16), 1)
+        wall_code, wall = _wall(both & 0xFFFF, END, WALL_UNIT)
+        fits = (wall_code <= 15) & ((both >> 16) <= END - wall) & (tl.sum(clipped, 1) <= overload)
+        first = tl.min(tl.where(fits, number, _CANDIDATES), 0)
+        found = first < _CANDIDATES
+        mine = (number == first)[:, None]
+        new_low = tl.sum(tl.where(mine, _pack_4(t[0], t[1], t[2], t[3]), 0), 0)
+        new_high = tl.sum(tl.where(mine, _pack_4(t[4], t[5], t[6], t[7]), 0), 0)
+        new_cosets = tl.sum(tl.where(mine & (is_even == 0), 1, 0), 0)
+        # a window further down whose first candidates fail keeps what was found
+        low = tl.where(found, new_low, low)
+        high = tl.where(found, new_high, high)
+        cosets = tl.where(found, new_cosets, cosets)
+        found_code = tl.minimum(tl.maximum(base + stride * first, 0), _SCALE_CODES - 1)
+        code = tl.where(found & (stage < 2), found_code, code)
+        rounds += 1
+        if stage == 0:
+            up = (found == 0) & (went_up >= 0) & (base < _SCALE_CODES) & (rounds < _MAX_ROUNDS)
+            down = (first == 0) & (went_up <= 0) & (base > 0) & (rounds < _MAX_ROUNDS)
+            if up:
+                went_up = 1
+                base += _STRIDE * _CANDIDATES
+            elif down:
+                went_up = -1
+                base -= _STRIDE * _CANDIDATES
+            else:
+                stage = 1
+                stride = 1
+                base = code - (_CANDIDATES - 1)
+        elif stage == 1:
+            if EFFORT > 0:
+                stage = 2
+                stride = 0
+                base = code
+                rows_price = price * 0
+                price_step = price / _CANDIDATES
+            else:
+                stage = 3
+        else:
+            stage = 3
+
+    symbols = ()
+    correlation = tl.zeros([VECTORS], tl.float32)
+    norm = tl.zeros([VECTORS], tl.float32)
+    for i in tl.static_range(8):
+        t = _symbol((low, high), i)
+        point = (2 * t + cosets).to(tl.float32)
+        correlation += point * x[i]
+        norm += point * point
+        # of odd vectors the complement: 2 t + 1 = (2 s) ^ -1 for s = -t - 1
+        symbols = symbols + (t ^ -cosets,)
+    total = tl.sum(norm, 0)
+    fitted = tl.where(total > 0, tl.sum(correlation, 0) / tl.maximum(total, 1.0), _scale_of(start))
+    scale_code = _code_of(tl.maximum(fitted, 9.094947017729282e-13))
+
+    slot_ptr = words_ptr + (unit.to(tl.int64) * max_tokens + position) * WORDS
+    # lanes of a slot that does not exist write none
+    real = tl.where((position >= 0) & (position < max_tokens), 1, 0)
+
+    # raw plane
+    v = vector // 4 % 4
+    lane = vector % 4
+    group = vector // 16
+    REST: tl.constexpr = K * GROUPS % 4
+    FULL: tl.constexpr = K * GROUPS - REST
+    raw_mask = (vector * 8 < TILE) & (v == 0) & (vector * 0 < real)
+    for w in tl.static_range(K):
+        word = _raw_word(symbols, cosets, v, w, K)
+        # the four vectors of a lane's group have bits apart
+        merged = tl.sum(tl.reshape(word, [VECTORS // 16, 4, 4]), 1)
+        merged = tl.reshape(tl.broadcast_to(merged[:, None, :], [VECTORS // 16, 4, 4]), [VECTORS])
+        index = group * K + w
+        place = tl.where(index < FULL, index // 4 * 16 + lane * 4, 4 * FULL + REST * lane) + index % 4
+        tl.store(slot_ptr + place, merged, mask=raw_mask)
+
+    # stream plane
+    first_quad = _quad(symbols[0], symbols[1], symbols[2], symbols[3], K, CLASSES)
+    second_quad = _quad(symbols[4], symbols[5], symbols[6], symbols[7], K, CLASSES)
+    second_length = tl.load(lengths_ptr + second_quad)
+    length = tl.load(lengths_ptr + first_quad) + second_length
+    value = (tl.load(codewords_ptr + first_quad) << second_length) | tl.load(codewords_ptr + second_quad)
+    length = tl.where(vector * 8 < TILE, length, 0)
+    value = tl.where(vector * 8 < TILE, value, 0)
+    value = tl.where(lane % 2 == 1, shift_right(_reverse(value), 32 - tl.maximum(length, 1)), value)
+    done = tl.reshape(tl.cumsum(tl.reshape(length, [VECTORS // 4, 4]), 0), [VECTORS])
+    wall_code, wall = _wall(tl.sum(tl.where(lane < 2, length, 0), 0), END, WALL_UNIT)
+    before = done - length
+    forward = tl.where(lane == 0, 16, wall) + before
+    backward = tl.where(lane == 1, wall, END) - done
+    begin = tl.where(lane % 2 == 0, forward, backward)
+    word_number = tl.arange(0, STREAM_PAD)
+    shift = (word_number * 32 + 32)[None, :] - (begin + length)[:, None]
+    bits = value[:, None]
+    upper = tl.where(shift < 32, bits << (shift & 31), 0)
+    lower = tl.where(shift > -32, shift_right(bits, (-shift) & 31), 0)
+    stream = tl.sum(tl.where(shift >= 0, upper, lower), 0)
+    header = (scale_code << 20) | (wall_code << 16)
+    stream = tl.where(word_number == 0, stream | header, stream)
+    tl.store(slot_ptr + RAW + word_number, stream, mask=(word_number < STREAM) & (word_number * 0 < real))

@@ -1,0 +1,33 @@
+"""Where a rewrite pays, for switches that are `"auto"`.
+
+Rule.  Merging siblings always: it takes rotations and launches away and adds nothing.
+       Norms, gates and residuals move into the fused kernel's launches, so where that kernel may run: on CUDA, half precision activations
+       with `mma="auto"` and at most `FUSED_BATCH` rows, or `mma="int8"`. A batch that is not known when compiling counts as small: larger
+       ones then take as many kernels as Inductor's own, since the kernel that rotates does the norm or gate for every batch.
+       On a CPU these steps are loops that Inductor generates and vectorizes, which the op would not.
+"""
+
+from __future__ import annotations
+
+from ..ops.launch import FUSED_BATCH
+from ..ops.linear import takes_fused_kernel
+from .config import AUTO, PassConfig
+from .linear_node import LinearNode
+
+
+def why_not(name: str, linear: LinearNode, config: PassConfig) -> str | None:
+    """The reason not to make a rewrite around a layer, or None."""
+    switch = getattr(config, name)
+    if switch is False:
+        return "switched off"
+    if switch is True or name == "merge_siblings":
+        return None
+    assert switch == AUTO
+    x = linear.value("x")
+    if x.device.type != "cuda":
+        return f"does not pay on {x.device.type}"
+    rows = x.shape[:-1].numel()
+    batch = rows if isinstance(rows, int) else FUSED_BATCH
+    if not takes_fused_kernel(linear.mma, x.dtype, batch):
+        return f"the fused kernel does not run for mma={linear.mma!r}, {x.dtype} and {rows} rows"
+    return None

@@ -1,0 +1,85 @@
+"""Norms and gates before the rotation, under Triton's interpreter in a process of its own.
+
+python -m tests.ops.kernels.interpreted_prologue, with `TRITON_INTERPRET=1`."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from hq_inductor import HyperQuantTensor
+from hq_inductor.format.hadamard import hadamard_block, hadamard_ref
+from hq_inductor.format.layout import TileLayout
+from hq_inductor.format.rates import weight_layout
+from hq_inductor.ops.fused import rotate, rotate_quantize, sibling_linear
+from hq_inductor.ops.prologue import GATES, NO_PROLOGUE, NORMS, PROLOGUES, Prologue
+
+from .interpreted import unpack
+
+# features: one chunk of the statistics, several, a last one that is short; padding of the last tile
+FEATURES = (384, 2048 + 200, 4096)
+
+
+def make(name: str, features: int, dtype: torch.dtype, batch: int) -> tuple[torch.Tensor, Prologue]:
+    # rows far from zero mean, a distance apart that is not their length; gates that are slices, as of a merged layer's output
+    x = (torch.randn(batch, features + 8) + torch.arange(batch)[:, None]).to(dtype)[:, :features]
+    gate = torch.randn(batch, 2 * features).to(dtype)[:, features:] if name in GATES else None
+    weight = torch.rand(features).add_(0.5).to(dtype) if name in NORMS else None
+    bias = torch.randn(features).to(dtype) if name == "layer_norm" else None
+    return x, Prologue(name, gate, weight, bias, 1e-5)
+
+
+def check(name: str, features: int, dtype: torch.dtype) -> None:
+    layout = weight_layout(features, 4.0, "e8").tile
+    tiles, batch = -(-features // layout.tile), 3
+    x, prologue = make(name, features, dtype, batch)
+    pre_scale = torch.rand(features).add_(0.5).to(torch.float16) if dtype == torch.float32 else None
+
+    activations = prologue.apply(x).double()
+    assert name == "none" or (activations - x.double()).abs().max() > 0.1
+    scaled = activations if pre_scale is None else activations * pre_scale.double()
+    padded = torch.nn.functional.pad(scaled, (0, tiles * layout.tile - features))
+    expected = hadamard_ref(padded, hadamard_block(layout.tile), 3)
+    # a value within an fp32 error of the middle between two of the dtype may be rounded the other way, and the transform spreads it
+    bound = 4e-6 * expected.abs().max() if dtype == torch.float32 else torch.finfo(dtype).eps * activations.abs().max()
+    found, _ = rotate(x, pre_scale, layout, tiles, 3, torch.float32, prologue)
+    assert (found.double() - expected).abs().max() <= bound
+    q, scale, _ = rotate_quantize(x, pre_scale, layout, tiles, 3, 8, 0, prologue)
+    step = scale.double().t().repeat_interleave(layout.tile, 1)
+    quantized = unpack(q, scale, layout.tile)
+    assert ((quantized[:batch] - expected).abs() <= 0.501 * step[:batch] + bound).all()
+    assert (quantized[batch:] == 0).all()
+
+
+def check_siblings() -> None:
+    """The whole layer for siblings of two rates, with a norm before: one rotation, two launches."""
+    x, prologue = make("rms_norm", 384, torch.float32, 3)
+    weights = [HyperQuantTensor.from_hp(torch.randn(rows, 384), bps=bps, seed=3) for rows, bps in ((20, 4.0), (17, 4.0), (5, 3.0))]
+    layouts = [TileLayout("e8", w.tile, w.code, w.qdata.shape[-1]) for w in weights]
+    bias = [None, torch.randn(17), None]
+    found = sibling_linear(x, [w.qdata for w in weights], None, bias, layouts, 3, None, prologue)
+    activations = prologue.apply(x)
+    alone = [
+        sibling_linear(activations, [w.qdata], None, [b], [layout], 3, None, NO_PROLOGUE)
+        for w, b, layout in zip(weights, bias, layouts, strict=True)
+    ]
+    expected = torch.cat(alone, 1)
+    # an activation may be rounded to the next int8 value
+    assert (found - expected).abs().max() <= expected.abs().max() / 127 / 4
+    assert found.shape == (3, 42)
+
+
+def main() -> None:
+    assert triton.knobs.runtime.interpret
+    torch.manual_seed(0)
+    for name in PROLOGUES:
+        for features in FEATURES:
+            for dtype in (torch.float32, torch.float16):
+                check(name, features, dtype)
+        print("ok", name)
+    check_siblings()
+    print("ok siblings")
+
+
+if __name__ == "__main__":
+    main()
