@@ -30,10 +30,11 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from hq_inductor.format.kv import kv_layout
-from hq_inductor.format.rotation import role_seed, rotation_matrix
+from hq_inductor.format.rotation import ROTATIONS, role_seed, rotation_matrix
 
 IMPLEMENTATION = "kv_quality"
 ROLES = ("k", "v")
+SETTINGS = ("windows", "effort", "layers", "dither")
 
 
 class CacheModel(nn.Module):
@@ -122,7 +123,7 @@ def kivi(bits: int, group: int = 32):
 
     def quantize(x: torch.Tensor, layer: int, role: str) -> torch.Tensor:
         if role == "v":
-            return peers._integer(x, bits, group)
+            return peers._integer(x, bits, math.gcd(group, x.shape[3]))
         tokens = x.shape[2]
         padded = torch.nn.functional.pad(x, (0, 0, 0, -tokens % group))
         return peers._integer(padded.mT.contiguous(), bits, group).mT[:, :, :tokens]
@@ -130,25 +131,32 @@ def kivi(bits: int, group: int = 32):
     return quantize, bits + 32 / group
 
 
-def methods(rates: list[float], head_dim: int, window: int, sinks: int, full: bool) -> list[Method]:
-    """Ours in its settings, and the peers; `full` adds dither and exact outermost layers."""
+def methods(rates: list[float], head_dim: int, window: int, sinks: int, rotations: list[str], settings: list[str]) -> list[Method]:
+    """Ours for each rotation, and for the Haar rotation in other settings."""
 
     def ours(name: str, bps: float, own_window: int, own_sinks: int, exact_layers: tuple[int, ...] = (), **options) -> Method:
         quantize, bits = hyperquant(bps, head_dim, **options)
         return cached(f"e8 {name}, window {own_window}, sinks {own_sinks}", bits, quantize, own_window, own_sinks, exact_layers)
 
-    out = []
+    out = [ours(rotation, bps, window, sinks, rotation=rotation) for rotation in rotations for bps in rates]
     for bps in rates:
-        out += [ours(rotation, bps, window, sinks, rotation=rotation) for rotation in ("haar", "hadamard", "none")]
-        out += [ours("haar", bps, *setting) for setting in ((0, 0), (0, sinks))]
-        if full:
+        if "windows" in settings:
+            out += [ours("haar", bps, *setting) for setting in ((0, 0), (0, sinks))]
+        if "effort" in settings:
             out.append(ours("haar, effort 0", bps, window, sinks, effort=0))
-            out += [ours(f"haar, dither {dither}", bps, window, sinks, dither=dither) for dither in ("half", "full")]
+        if "layers" in settings:
             out.append(ours("haar, first and last layer exact", bps, window, sinks, (0, -1)))
+        if "dither" in settings:
+            out += [ours(f"haar, dither {dither}", bps, window, sinks, dither=dither) for dither in ("half", "full")]
+    return out
+
+
+def peer_methods(head_dim: int, window: int, sinks: int) -> list[Method]:
     theirs = [(f"Lloyd-Max {n}", *lloyd_max(n, head_dim)) for n in (16, 14, 8, 7, 5, 4, 3)]
-    theirs += [(f"int{bits} g{group}", *integers(bits, group)) for bits, group in ((4, 128), (3, 128), (2, 32), (2, 64), (2, 128))]
+    groups = [(bits, math.gcd(group, head_dim)) for bits, group in ((4, 128), (3, 128), (2, 32), (2, 64), (2, 128))]
+    theirs += [(f"int{bits} g{group}", *integers(bits, group)) for bits, group in dict.fromkeys(groups)]
     theirs.append(("KIVI int2 g32", *kivi(2)))
-    return out + [cached(f"{name}, window {window}, sinks {sinks}", bits, quantize, window, sinks) for name, quantize, bits in theirs]
+    return [cached(f"{name}, window {window}, sinks {sinks}", bits, quantize, window, sinks) for name, quantize, bits in theirs]
 
 
 def print_table(bits_per_byte: float, results: list[Result]) -> None:
@@ -170,7 +178,11 @@ def main() -> None:
     parser.add_argument("--bps", type=float, nargs="+", default=[4.0, 3.0, 2.5, 2.0, 1.75], help="our rates")
     parser.add_argument("--window", type=int, default=64, help="newest tokens that are exact (default 64)")
     parser.add_argument("--sinks", type=int, default=4, help="first tokens that are exact (default 4)")
-    parser.add_argument("--full", action="store_true", help="also effort 0, dither, and exact outermost layers")
+    parser.add_argument("--rotations", nargs="*", default=ROTATIONS, choices=ROTATIONS, help="of ours (default all)")
+    parser.add_argument(
+        "--settings", nargs="*", default=SETTINGS, choices=SETTINGS, help="other than the default ones, of ours (default all)"
+    )
+    parser.add_argument("--no-peers", action="store_true", help="measure ours only")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON")
     args = parser.parse_args()
     transformers_logging.disable_progress_bar()
@@ -182,7 +194,9 @@ def main() -> None:
     data = {"arguments": {name: str(value) for name, value in vars(args).items()}, "torch": torch.__version__}
     data["bits_per_byte"] = evaluation.bits_per_byte
     results: list[Result] = []
-    for method in tqdm(methods(args.bps, head_dim, args.window, args.sinks, args.full), desc="caches"):
+    own = methods(args.bps, head_dim, args.window, args.sinks, args.rotations, args.settings)
+    theirs = [] if args.no_peers else peer_methods(head_dim, args.window, args.sinks)
+    for method in tqdm(own + theirs, desc="caches"):
         results.append(evaluation.run(method))
         # a run takes its time: what is there is kept
         (args.output / "kv_quality.json").write_text(json.dumps(data | {"results": [asdict(r) for r in results]}, indent=1))
