@@ -3,7 +3,8 @@
 Ours reads coded slots, 4 first and 64 newest tokens exact. Against `scaled_dot_product_attention` on a bf16 cache, the fastest of its
 backends, queries of a group as heads or as rows. No attention on an fp8 cache comes with torch; `fp8 bound` is half the bf16 time, what
 one would take that reads half the bytes at the same rate. Medians of CUDA-graph replays of calls that take turns on caches that do not fit
-the L2 together. python benchmarks/attention.py [--quick] [--bps 2 3 4] [--json FILE]
+the L2 together. The second table is the encoder: keys and values of one new token, or of a prompt, two launches.
+python benchmarks/attention.py [--quick] [--bps 2 3 4] [--json FILE]
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from linear import copies
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from hq_inductor.format.kv import kv_layout
 from hq_inductor.format.layout import TileLayout
 from hq_inductor.format.quantizer import quantize_tiles
 from hq_inductor.format.rates import start_rms
 from hq_inductor.format.rice import encode_tiles
-from hq_inductor.ops.fused_kv import attend
+from hq_inductor.ops.fused_kv import attend, store
 
 QUERY_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 SINKS, WINDOW = 4, 64
@@ -78,7 +80,7 @@ def coded(batch: int, context: int, layout: TileLayout) -> torch.Tensor:
 
 def ours(batch: int, context: int, bps: float) -> tuple[list[Callable[[], object]], int]:
     """Calls on different caches and the bytes of one."""
-    layout = TileLayout("e8", HEAD_DIM, int(8 * bps), int(HEAD_DIM * bps) // 32)
+    layout = kv_layout(HEAD_DIM, bps).tile
     query = torch.randn(batch, QUERY_HEADS, 1, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
     length = torch.tensor([context], device="cuda")
     size = 2 * batch * KV_HEADS * (4 * context * layout.words + 2 * (SINKS + WINDOW) * HEAD_DIM)
@@ -146,6 +148,35 @@ def table(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def measure_store(batches: list[int], prompts: list[int], rates: list[float]) -> list[dict]:
+    """Microseconds of storing keys and values of one layer."""
+    results = []
+    for batch, tokens in [(batch, 1) for batch in batches] + [(1, prompt) for prompt in prompts]:
+        x = torch.randn(2, batch, KV_HEADS, tokens, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+        position = torch.arange(tokens, device="cuda")
+        named = {}
+        for bps in rates:
+            layout = kv_layout(HEAD_DIM, bps).tile
+            words = torch.zeros(2, batch, KV_HEADS, tokens, layout.words, dtype=torch.int32, device="cuda")
+            for effort in (0, 1):
+
+                def call(words=words, layout=layout, effort=effort, x=x, position=position):
+                    for side in range(2):
+                        store(words[side], x[side], position, layout, effort)
+
+                named[f"{bps:g} bps, effort {effort}"] = [call]
+        results.append({"batch": batch, "tokens": tokens, "time_us": times_us(named)})
+    return results
+
+
+def store_table(results: list[dict]) -> str:
+    names = list(results[0]["time_us"])
+    lines = ["| batch | tokens | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
+    for row in results:
+        lines.append(f"| {row['batch']} | {row['tokens']} | " + " | ".join(f"{row['time_us'][name]:.1f}" for name in names) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bps", type=float, nargs="+", default=[2.0, 3.0, 4.0])
@@ -160,9 +191,11 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; one token, {QUERY_HEADS} query heads, {KV_HEADS} of the cache")
     results = measure(batches, contexts, arguments.bps)
     print(table(results))
+    stored = measure_store(batches, [1024] if arguments.quick else [1024, 8192], arguments.bps)
+    print("\nStoring keys and values, us\n" + store_table(stored))
     if arguments.json:
         with open(arguments.json, "w") as file:
-            json.dump({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "results": results}, file)
+            json.dump({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "results": results, "store": stored}, file)
 
 
 if __name__ == "__main__":

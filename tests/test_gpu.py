@@ -200,3 +200,49 @@ def test_cuda_graphs_replay_every_batch():
         for batch in (1, 1, 1, 4, 4, 4, 1, 100, 100):
             x = torch.randn(batch, 1024, device="cuda", dtype=torch.bfloat16)
             torch.testing.assert_close(compiled(x).clone(), model(x), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("mma", ["int8", "fp8", "bf16"])
+@pytest.mark.parametrize("name", ["none", "rms_norm_cast", "layer_norm", "silu_mul"])
+def test_fused_op_equals_the_cpu(name, mma):
+    """Prologue, siblings of two rates, residual: as far from the unrounded layer as the CPU's emulation of the same format."""
+    features, rows = 1024, (160, 64, 32)
+    weights = [HyperQuantTensor.from_hp(torch.randn(n, features) / 32, bps=bps) for n, bps in zip(rows, (4.0, 4.0, 3.0), strict=True)]
+    for batch, count in ((1, 3), (20, 3), (7, 1), (100, 3), (100, 1)):
+        x = torch.randn(batch, features).to(torch.bfloat16)
+        gate = torch.randn_like(x) if name == "silu_mul" else None
+        gain = torch.rand(features).to(torch.bfloat16) if "norm" in name else None
+        shift = torch.randn(features).to(torch.bfloat16) if name == "layer_norm" else None
+        residual = torch.randn(batch, rows[0]).to(torch.bfloat16) if count == 1 else None
+        bias = [torch.randn(n).to(torch.bfloat16) for n in rows[:count]]
+
+        def run(mma, device, dtype):
+            def at(t):
+                return None if t is None else t.to(device, dtype)
+
+            return (
+                ops.rice_linear_fused(
+                    at(x),
+                    [w.qdata.to(device) for w in weights[:count]],
+                    None,
+                    [at(b) for b in bias],
+                    at(gate),
+                    at(gain),
+                    at(shift),
+                    at(residual),
+                    name,
+                    1e-5,
+                    "e8",
+                    weights[0].tile,
+                    [w.code for w in weights[:count]],
+                    0,
+                    mma,
+                )
+                .cpu()
+                .double()
+            )
+
+        exact, found, emulated = run("bf16", "cpu", torch.float64), run(mma, "cuda", torch.bfloat16), run(mma, "cpu", torch.bfloat16)
+        assert found.isfinite().all()
+        error, expected = (found - exact).norm() / exact.norm(), (emulated - exact).norm() / exact.norm()
+        assert error < 1.2 * expected + torch.finfo(torch.bfloat16).eps, (batch, count, error, expected)

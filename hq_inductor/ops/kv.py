@@ -4,7 +4,8 @@ Definition.  `kv_store` codes tokens at given positions in place, `kv_load` deco
              `hq_inductor.ops.attention` the attention that reads it.
 Invariants.  No host sync. Positions outside the cache are not written. Any words are read without error; corrupt ones give wrong finite
              numbers.
-Choice.      On CUDA `kv_load` is the decode kernel. Dither (`hq_inductor.format.dither`) is plain PyTorch everywhere.
+Choice.      On CUDA `kv_load` is the decode kernel and `kv_store`, for e8 and efforts 0 and 1, the encode kernel of
+             `hq_inductor.ops.fused_kv`. Other lattices, effort 2 and dither (`hq_inductor.format.dither`) are plain PyTorch everywhere.
 """
 
 from __future__ import annotations
@@ -98,6 +99,26 @@ def _kv_store(
     write_rows(words, position, encode_tiles(codes, scale, layout).view(*shape[:3], -1))
 
 
+def _kv_store_cuda(
+    words: torch.Tensor,
+    x: torch.Tensor,
+    position: torch.Tensor,
+    lattice: str,
+    tile: int,
+    code: int,
+    effort: int,
+    dither: str | None = None,
+    seed: int = 0,
+) -> None:
+    layout = _check_store(words, x, position, lattice, tile, code, effort, dither)
+    kernel = lattice == "e8" and effort < 2 and dither is None and x.dtype != torch.float64 and x.shape[3] % 8 == 0
+    if not kernel or not words.is_contiguous():
+        return _kv_store(words, x, position, lattice, tile, code, effort, dither, seed)
+    from .fused_kv import store  # Triton is there on Linux only, and takes its time to import
+
+    store(words, x, position.contiguous(), layout, effort)
+
+
 def _kv_store_fake(words, x, position, lattice, tile, code, effort, dither=None, seed=0) -> None:
     _check_store(words, x, position, lattice, tile, code, effort, dither)
 
@@ -107,7 +128,7 @@ register(
     "int seed=0) -> ()",
     _kv_store_fake,
     CPU=_kv_store,
-    CUDA=_kv_store,
+    CUDA=_kv_store_cuda,
 )
 
 

@@ -18,7 +18,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .activations import round_to_even
-from .bits import shift_right
+from .bits import reverse_bits, shift_right
 
 _CANDIDATES = tl.constexpr(16)
 _STRIDE = tl.constexpr(6)
@@ -102,16 +102,6 @@ def _wall(left, END: tl.constexpr, WALL_UNIT: tl.constexpr):
     code = tl.maximum((left + (16 - CENTER + 9 * WALL_UNIT - 1)) // WALL_UNIT, 0)
     code = tl.where(left + (16 - CENTER + 9 * WALL_UNIT - 1) < 0, 0, code)
     return code, CENTER + WALL_UNIT * (code - 8)
-
-
-@triton.jit
-def _reverse(x):
-    """Bits of int32 in reverse order."""
-    x = (shift_right(x, 1) & 0x55555555) | ((x & 0x55555555) << 1)
-    x = (shift_right(x, 2) & 0x33333333) | ((x & 0x33333333) << 2)
-    x = (shift_right(x, 4) & 0x0F0F0F0F) | ((x & 0x0F0F0F0F) << 4)
-    x = (shift_right(x, 8) & 0x00FF00FF) | ((x & 0x00FF00FF) << 8)
-    return shift_right(x, 16) | (x << 16)
 
 
 @triton.jit
@@ -327,7 +317,7 @@ def encode_kernel(
     value = (tl.load(codewords_ptr + first_quad) << second_length) | tl.load(codewords_ptr + second_quad)
     length = tl.where(vector * 8 < TILE, length, 0)
     value = tl.where(vector * 8 < TILE, value, 0)
-    value = tl.where(lane % 2 == 1, shift_right(_reverse(value), 32 - tl.maximum(length, 1)), value)
+    value = tl.where(lane % 2 == 1, shift_right(reverse_bits(value), 32 - tl.maximum(length, 1)), value)
     done = tl.reshape(tl.cumsum(tl.reshape(length, [VECTORS // 4, 4]), 0), [VECTORS])
     wall_code, wall = _wall(tl.sum(tl.where(lane < 2, length, 0), 0), END, WALL_UNIT)
     before = done - length
