@@ -8,10 +8,7 @@ from torch import fx
 
 
 def fake_tensor_updater(gm: fx.GraphModule):
-    """Inductor's updater of `meta["val"]`, made before a graph changes; `incremental_update()` after.
-
-    Takes the graph up to torch 2.11, the module later.
-    """
+    """Inductor's updater of `meta["val"]`, made before a graph changes; `incremental_update()` after. Takes the graph or, later, the module."""
     from torch._inductor.fx_utils import FakeTensorUpdater
 
     parameters = list(inspect.signature(FakeTensorUpdater).parameters)
