@@ -607,34 +607,38 @@ def attention_kernel(
     store_shared(own + 8, state[1].to(tl.int32, bitcast=True))
     store_shared(own + 12, column_sum(state[3], NUM_WARPS).to(tl.int32, bitcast=True))
     tl.debug_barrier()
-    for i in tl.static_range(8 * TILE // (32 * NUM_WARPS)):
-        index = i * (32 * NUM_WARPS) + thread
-        c = index // TILE
-        d = index % TILE
+    for turn in tl.static_range(8 // NUM_WARPS if NUM_WARPS < 8 else 1):
+        # a warp takes a column
+        c = turn * NUM_WARPS + warp
         largest = tl.full([32 * NUM_WARPS], _NEVER, tl.float32)
         for w in tl.static_range(NUM_WARPS):
             largest = tl.maximum(largest, load_shared(states + (w * 64 + c * 8)).to(tl.float32, bitcast=True))
-        total = tl.zeros([32 * NUM_WARPS], tl.float32)
+        shares = ()
         norm = tl.zeros([32 * NUM_WARPS], tl.float32)
         for w in tl.static_range(NUM_WARPS):
             share = tl.exp2(load_shared(states + (w * 64 + c * 8)).to(tl.float32, bitcast=True) - largest)
             norm += share * load_shared(states + (w * 64 + c * 8 + 4)).to(tl.float32, bitcast=True)
-            total += share * load_shared(base + (w * 8 * TILE + index) * 4).to(tl.float32, bitcast=True)
+            shares = shares + (share,)
         c_all = tl.program_id(2) * 8 + c
         sub = c_all // group % JOIN
         real = (c_all < queries * JOIN * group) & (h * JOIN + sub < kv_heads)
+        part_row = ((unit * tl.num_programs(2) + tl.program_id(2)) * tl.num_programs(1) + part) * 8 + c
+        out_row = (((b * kv_heads + h * JOIN + sub) * group + c_all % group) * queries + c_all // (JOIN * group)).to(tl.int64)
+        for i in tl.static_range(TILE // 32):
+            d = i * 32 + lane
+            total = tl.zeros([32 * NUM_WARPS], tl.float32)
+            for w in tl.static_range(NUM_WARPS):
+                total += shares[w] * load_shared(base + ((w * 8 + c) * TILE + d) * 4).to(tl.float32, bitcast=True)
+            if SPLIT:
+                tl.store(partial_ptr + part_row.to(tl.int64) * TILE + d, total, mask=real)
+            else:
+                place = d - sub * HEAD_DIM
+                mask = real & (place >= 0) & (place < HEAD_DIM)
+                value = total / tl.where(norm > 0, norm, 1.0)
+                tl.store(out_ptr + out_row * HEAD_DIM + place, value.to(out_ptr.dtype.element_ty), mask=mask)
         if SPLIT:
-            row = ((unit * tl.num_programs(2) + tl.program_id(2)) * tl.num_programs(1) + part) * 8 + c
-            tl.store(partial_ptr + row.to(tl.int64) * TILE + d, total, mask=real)
-            tl.store(state_ptr + row * 2, largest, mask=real & (d == 0))
-            tl.store(state_ptr + row * 2 + 1, norm, mask=real & (d == 0))
-        else:
-            head = (b * kv_heads + h * JOIN + sub) * group + c_all % group
-            place = d - sub * HEAD_DIM
-            mask = real & (place >= 0) & (place < HEAD_DIM)
-            value = total / tl.where(norm > 0, norm, 1.0)
-            row = (head * queries + c_all // (JOIN * group)).to(tl.int64)
-            tl.store(out_ptr + row * HEAD_DIM + place, value.to(out_ptr.dtype.element_ty), mask=mask)
+            tl.store(state_ptr + part_row * 2, largest, mask=real & (lane == 0))
+            tl.store(state_ptr + part_row * 2 + 1, norm, mask=real & (lane == 0))
 
 
 @triton.jit(do_not_specialize=["queries", "group", "heads", "kv_heads", "splits", "column_blocks"])

@@ -3,10 +3,10 @@
 Definition.  As `hq_inductor.format.quantizer`: the finest scale at which the code fits, points by error plus lambda times bits (effort 0:
              lambda 0, the nearest ones), then the least lambda that fits at that scale, and the least-squares scale. Slots decode with
              `hq_inductor.format.rice`; they need not equal the CPU's bit by bit, because the search differs.
-Search.      16 candidates at a time: scales 6 codes apart, from the root mean square; then the 16 up to the finest that fitted; for
-             effort 1, 16 lambdas at the finest of those. In the first round one that fits may be missing, or the very finest may fit:
-             then the window moves. Of each round the first candidate that fits leaves its codes, so what is written is what was
-             measured. Nothing fitting leaves zeros, which do.
+Search.      32 candidates at a time: neighbouring scales around the root mean square; for effort 1 then 32 lambdas at the finest one that
+             fits. If no scale fits, or the very finest does, the window moves by its width: for 99 in 100 Gaussians it does not.
+             Of each round the first candidate that fits leaves its codes, so what is written is what was measured. Nothing fitting
+             leaves zeros, which do.
 Work.        A thread takes one vector for one candidate, all 8 coordinates in registers; candidates are rows, vectors columns.
              Positions of codes are prefix sums of their lengths; words are sums over all vectors of the bits each has there.
 """
@@ -20,11 +20,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .activations import round_to_even
 from .bits import reverse_bits, shift_right
 
-_CANDIDATES = tl.constexpr(16)
-_STRIDE = tl.constexpr(6)
+_CANDIDATES = tl.constexpr(32)
+# scales tried, by effort, that are finer than the one at which Gaussians come to rest on the average (`start_rms`). Measured, 1.75 to 6
+# bps, head_dim 96 to 256: the finest that fits is 16 finer to 14 coarser for effort 1, 10 finer to 27 coarser for effort 0, which needs
+# more bits
+_FINER = tl.constexpr((8, 15))
 _SCALE_CODES = tl.constexpr(4096)
 # windows that cover all scales
-_MAX_ROUNDS = tl.constexpr(4096 // (16 * 6) + 4)
+_MAX_ROUNDS = tl.constexpr(4096 // 32 + 4)
 
 
 @triton.jit
@@ -202,21 +205,18 @@ def encode_kernel(
 
     number = tl.arange(0, _CANDIDATES)
     left_lanes = (vector % 4 < 2)[None, :]
-    base = start - _STRIDE * (_CANDIDATES // 2)
-    stride = _STRIDE
-    rows_price = price
-    price_step = price * 0
+    base = start - _FINER[EFFORT]
     code = start
     low = vector * 0
     high = vector * 0
     cosets = vector * 0
-    stage = 0  # 0: coarse scales, 1: fine scales, 2: lambdas, 3: done
-    went_up = 0
+    stage = 0  # 0: scales, 1: lambdas, 2: done
+    moved = 0  # coarser, or finer if negative
     rounds = 0
-    while stage < 3:
-        codes = tl.minimum(tl.maximum(base + stride * number, 0), _SCALE_CODES - 1)
+    while stage < 2:
+        codes = tl.minimum(tl.maximum(tl.where(stage == 0, base + number, code), 0), _SCALE_CODES - 1)
         factor = (1.0 / _scale_of(codes))[:, None]
-        row_price = (rows_price + price_step * number.to(tl.float32))[:, None]
+        row_price = (price * tl.where(stage == 0, 1.0, number.to(tl.float32) / _CANDIDATES))[:, None]
         y = ()
         clipped = tl.zeros([_CANDIDATES, VECTORS], tl.float32)
         for i in tl.static_range(8):
@@ -247,33 +247,21 @@ def encode_kernel(
         low = tl.where(found, new_low, low)
         high = tl.where(found, new_high, high)
         cosets = tl.where(found, new_cosets, cosets)
-        found_code = tl.minimum(tl.maximum(base + stride * first, 0), _SCALE_CODES - 1)
-        code = tl.where(found & (stage < 2), found_code, code)
         rounds += 1
         if stage == 0:
-            up = (found == 0) & (went_up >= 0) & (base < _SCALE_CODES) & (rounds < _MAX_ROUNDS)
-            down = (first == 0) & (went_up <= 0) & (base > 0) & (rounds < _MAX_ROUNDS)
+            code = tl.where(found, tl.minimum(tl.maximum(base + first, 0), _SCALE_CODES - 1), code)
+            up = (found == 0) & (moved >= 0) & (base < _SCALE_CODES) & (rounds < _MAX_ROUNDS)
+            down = (first == 0) & (moved <= 0) & (base > 0) & (rounds < _MAX_ROUNDS)
             if up:
-                went_up = 1
-                base += _STRIDE * _CANDIDATES
+                moved = 1
+                base += _CANDIDATES
             elif down:
-                went_up = -1
-                base -= _STRIDE * _CANDIDATES
+                moved = -1
+                base -= _CANDIDATES
             else:
-                stage = 1
-                stride = 1
-                base = code - (_CANDIDATES - 1)
-        elif stage == 1:
-            if EFFORT > 0:
-                stage = 2
-                stride = 0
-                base = code
-                rows_price = price * 0
-                price_step = price / _CANDIDATES
-            else:
-                stage = 3
+                stage = 1 if EFFORT > 0 else 2
         else:
-            stage = 3
+            stage = 2
 
     symbols = ()
     correlation = tl.zeros([VECTORS], tl.float32)
