@@ -37,17 +37,19 @@ def _code_of(scale):
 
 @triton.jit
 def _round_coset(y, coset: tl.constexpr, price, bits_ptr, LIMIT: tl.constexpr, EFFORT: tl.constexpr):
-    """Cheapest point of one coset of 2 E8 for vectors of 8 tensors: the t of `2 t + coset`, and its cost."""
+    """Cheapest t of each coordinate `2 t + coset` of vectors of 8 tensors; where their sum is odd, which one moves; and the cost with that.
+
+    A move is `2 i` for one up of coordinate i, `2 i + 1` for one down, -1 for none.
+    """
     parity = (y[0] * 0).to(tl.int32)
     cost = y[0] * 0
     least = y[0] * 0 + 1.0e30
-    which = parity
-    step = parity
+    move = parity
     chosen = ()
     for i in tl.static_range(8):
         t = y[i] * 0.5 - 0.5 * coset
         # floor, or one less for integers; in the range of symbols with the one above
-        below = tl.minimum(tl.maximum(round_to_even(tl.minimum(tl.maximum(t, -2.0 * LIMIT), 2.0 * LIMIT) - 0.5), -1.0 * LIMIT), LIMIT - 2.0)
+        below = tl.minimum(tl.maximum(round_to_even(t - 0.5), -1.0 * LIMIT), LIMIT - 2.0)
         rest = t - below
         # |rest - 1|^2 - |rest|^2 = 1 - 2 rest, for steps of 2
         difference = 4.0 - 8.0 * rest
@@ -64,15 +66,10 @@ def _round_coset(y, coset: tl.constexpr, price, bits_ptr, LIMIT: tl.constexpr, E
         loss = tl.abs(difference)
         better = loss < least
         least = tl.where(better, loss, least)
-        which = tl.where(better, i, which)
-        step = tl.where(better, tl.where(above, -1, 1), step)
+        move = tl.where(better, tl.where(above, 2 * i + 1, 2 * i), move)
         chosen = chosen + (symbol,)
     odd = (parity & 1) != 0
-    cost = tl.where(odd, cost + least, cost)
-    fixed = ()
-    for i in tl.static_range(8):
-        fixed = fixed + (tl.where(odd & (which == i), chosen[i] + step, chosen[i]),)
-    return fixed, cost
+    return chosen, tl.where(odd, move, -1), tl.where(odd, cost + least, cost)
 
 
 @triton.jit
@@ -216,16 +213,21 @@ def encode_kernel(
         y = ()
         clipped = tl.zeros([CANDIDATES, VECTORS], tl.float32)
         for i in tl.static_range(8):
-            scaled = x[i][None, :] * factor
+            # the end of the range of integers in fp32 is far beyond that of codes
+            scaled = tl.minimum(tl.maximum(x[i][None, :] * factor, -1048576.0), 1048576.0)
             excess = tl.maximum(tl.abs(scaled) - (2.0 * LIMIT - 2.0), 0.0)
             clipped += excess * excess
             y = y + (scaled,)
-        even, even_cost = _round_coset(y, 0, row_price, bits_ptr, LIMIT, EFFORT)
-        odd, odd_cost = _round_coset(y, 1, row_price, bits_ptr, LIMIT, EFFORT)
+        even, even_move, even_cost = _round_coset(y, 0, row_price, bits_ptr, LIMIT, EFFORT)
+        odd, odd_move, odd_cost = _round_coset(y, 1, row_price, bits_ptr, LIMIT, EFFORT)
         is_even = even_cost <= odd_cost
+        move = tl.where(is_even, even_move, odd_move)
+        moved_place = move >> 1
+        step = 1 - 2 * (move & 1)
         t = ()
         for i in tl.static_range(8):
-            t = t + (tl.where(is_even, even[i], odd[i]),)
+            unmoved = tl.where(is_even, even[i], odd[i])
+            t = t + (tl.where(moved_place == i, unmoved + step, unmoved),)
         # symbols are the t of both cosets: odd codes are complemented, 2 t + 1 = (2 t') ^ -1 with t' = -t - 1, and so are t
         length = tl.load(lengths_ptr + _quad(t[0], t[1], t[2], t[3], K, CLASSES))
         length += tl.load(lengths_ptr + _quad(t[4], t[5], t[6], t[7], K, CLASSES))
