@@ -51,7 +51,8 @@ def attention_launch(units: int, max_tokens: int, processors: int, k_layout: Til
     """Launch for `units` heads of slots (times blocks of columns): one wave of programs."""
     num_warps = _warps(k_layout, v_layout)
     wave = _BLOCKS_PER_PROCESSOR * processors * (8 // num_warps)
-    splits = max(1, min(wave // units, -(-max_tokens // (16 * num_warps))))
+    # one more for the exact tokens
+    splits = max(1, min(wave // units, -(-max_tokens // (16 * num_warps)) + 1))
     return AttentionLaunch(num_warps, splits, 128 if k_layout.tile == 128 else 255)
 
 
