@@ -111,7 +111,7 @@ def _between(x, low, count):
 @triton.jit
 def _coded_before(part, total, active, exact_rounds, share):
     """Coded steps of the parts before `part`, when the first `exact_rounds` parts spend `share` steps on exact tokens."""
-    return tl.where(part == active, total, (part * total) // active) - share * tl.minimum(part, tl.minimum(exact_rounds, active))
+    return tl.maximum((part * total) // active - share * tl.minimum(part, tl.minimum(exact_rounds, active)), 0)
 
 
 @triton.jit
@@ -347,6 +347,16 @@ def attention_kernel(
         gdc_wait()
 
     length = tl.load(length_ptr).to(tl.int32)
+    # column r as an operand of products, on its way together with the length
+    column = tl.program_id(2) * 8 + r
+    sub = column // group % JOIN
+    q_row = b * stride_qb + ((h * JOIN + sub) * group + column % group) * stride_qh + column // (JOIN * group) * stride_qs
+    q_mask = (column < queries * JOIN * group) & (h * JOIN + sub < kv_heads)
+    q_first = sub * HEAD_DIM
+    values = ()
+    for g in tl.static_range(GROUPS):
+        for v in tl.static_range(4):
+            values = values + _query_8(query_ptr, q_row, 128 * g + 32 * v + 8 * j, q_first, q_mask, HEAD_DIM)
     first_query = length - queries
     begin = 0
     if HAS_START:
@@ -358,16 +368,18 @@ def attention_kernel(
         seen_first = tl.maximum(seen_first, first_query - sliding_window + 1)
     first_step = tl.maximum(sinks, seen_first) // 16
     steps = tl.maximum((coded_end + 15) // 16 - first_step, 0)
-    active = tl.minimum(tl.maximum((steps + NUM_WARPS - 1) // NUM_WARPS, 1), tl.num_programs(1))
+    # a round of exact tokens takes about as long as half a round of coded ones. The first parts have them, and fewer of these; where there
+    # are programs to spare, they have none
+    exact_rounds = (sinks + window + 16 * NUM_WARPS - 1) // (16 * NUM_WARPS)
+    wanted = tl.maximum((steps + NUM_WARPS - 1) // NUM_WARPS + exact_rounds, 1)
+    active = tl.minimum(wanted, tl.num_programs(1))
+    share = tl.where(wanted <= tl.num_programs(1), NUM_WARPS, NUM_WARPS // 2)
     if part >= active:
         if SPLIT:
             # nothing seen
             row = ((unit * tl.num_programs(2) + tl.program_id(2)) * tl.num_programs(1) + part) * 16 + tl.arange(0, 16)
             tl.store(state_ptr + row, tl.where(row % 2 == 0, _NEVER, 0.0))
         return
-    # a round of exact tokens takes about as long as half a round of coded ones: the first parts, which have them, get fewer of these
-    exact_rounds = (sinks + window + 16 * NUM_WARPS - 1) // (16 * NUM_WARPS)
-    share = NUM_WARPS // 2
     total_steps = steps + share * tl.minimum(exact_rounds, active)
     step_begin = first_step + _coded_before(part, total_steps, active, exact_rounds, share)
     step_end = first_step + _coded_before(part + 1, total_steps, active, exact_rounds, share)
@@ -383,16 +395,6 @@ def attention_kernel(
     stage_slots(k_head, step, k_pieces, lane, k_buffer, K_WORDS, K_RAW)
     stage_slots(v_head, step, v_pieces, lane, v_buffer, V_WORDS, V_RAW)
 
-    # column r as an operand of products
-    column = tl.program_id(2) * 8 + r
-    sub = column // group % JOIN
-    q_row = b * stride_qb + ((h * JOIN + sub) * group + column % group) * stride_qh + column // (JOIN * group) * stride_qs
-    q_mask = (column < queries * JOIN * group) & (h * JOIN + sub < kv_heads)
-    q_first = sub * HEAD_DIM
-    values = ()
-    for g in tl.static_range(GROUPS):
-        for v in tl.static_range(4):
-            values = values + _query_8(query_ptr, q_row, 128 * g + 32 * v + 8 * j, q_first, q_mask, HEAD_DIM)
     largest = tl.zeros([32 * NUM_WARPS], tl.float32)
     for i in tl.static_range(32 * GROUPS):
         largest = tl.maximum(largest, tl.abs(values[i]))
