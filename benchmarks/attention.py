@@ -4,7 +4,7 @@ Ours reads coded slots, 4 first and 64 newest tokens exact. Against `scaled_dot_
 backends, queries of a group as heads or as rows. No attention on an fp8 cache comes with torch; `fp8 bound` is half the bf16 time, what
 one would take that reads half the bytes at the same rate. Medians of CUDA-graph replays of calls that take turns on caches that do not fit
 the L2 together. The second table is the encoder: keys and values of one new token, or of a prompt, two launches.
-python benchmarks/attention.py [--quick] [--bps 2 3 4] [--json FILE]
+python benchmarks/attention.py [--quick] [--bps 2 3 4] [--tune] [--json FILE]
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from hq_inductor.format.layout import TileLayout
 from hq_inductor.format.quantizer import quantize_tiles
 from hq_inductor.format.rates import start_rms
 from hq_inductor.format.rice import encode_tiles
-from hq_inductor.ops.fused_kv import attend, store
+from hq_inductor.ops.fused_kv import AttentionLaunch, attend, attention_launch, store
 
 QUERY_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 SINKS, WINDOW = 4, 64
@@ -78,7 +78,7 @@ def coded(batch: int, context: int, layout: TileLayout) -> torch.Tensor:
     return words[torch.randint(0, 512, (batch, KV_HEADS, context), device="cuda")]
 
 
-def ours(batch: int, context: int, bps: float) -> tuple[list[Callable[[], object]], int]:
+def ours(batch: int, context: int, bps: float, launch: AttentionLaunch | None = None) -> tuple[list[Callable[[], object]], int]:
     """Calls on different caches and the bytes of one."""
     layout = kv_layout(HEAD_DIM, bps).tile
     query = torch.randn(batch, QUERY_HEADS, 1, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
@@ -89,7 +89,7 @@ def ours(batch: int, context: int, bps: float) -> tuple[list[Callable[[], object
         sides = [coded(batch, context, layout) for _ in range(2)]
         sides += [torch.randn(batch, KV_HEADS, SINKS + WINDOW, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
         arguments = (query, *sides, length, None, None, HEAD_DIM**-0.5, SINKS, WINDOW, 0, layout, layout)
-        calls.append(lambda arguments=arguments: attend(*arguments))
+        calls.append(lambda arguments=arguments: attend(*arguments, launch))
     return calls, size
 
 
@@ -129,6 +129,16 @@ def measure(batches: list[int], contexts: list[int], rates: list[float]) -> list
             del named, calls
             torch.cuda.empty_cache()
     return results
+
+
+def tune(batch: int, context: int, bps: float) -> list[tuple[float, AttentionLaunch]]:
+    """Launches of the attention kernel, fastest first."""
+    layout = kv_layout(HEAD_DIM, bps).tile
+    usual = attention_launch(batch * KV_HEADS, context, torch.cuda.get_device_properties(0).multi_processor_count, layout, layout)
+    splits = {max(1, round(usual.splits * share)) for share in (0.12, 0.25, 0.5, 0.75, 1, 1.5, 2)}
+    launches = [AttentionLaunch(8, n, 128) for n in sorted(splits)] + [AttentionLaunch(4, 2 * usual.splits, 128)]
+    times = times_us({str(i): ours(batch, context, bps, launch)[0] for i, launch in enumerate(launches)})
+    return sorted(((us, launches[int(name)]) for name, us in times.items()), key=lambda pair: pair[0])
 
 
 def table(results: list[dict]) -> str:
@@ -184,11 +194,18 @@ def main() -> None:
     parser.add_argument("--context", type=int, nargs="+")
     parser.add_argument("--quick", action="store_true", help="half of the contexts")
     parser.add_argument("--json", help="write all figures to a file")
+    parser.add_argument("--tune", action="store_true", help="time launches of the attention kernel instead")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     batches = arguments.batch or (QUICK_BATCHES if arguments.quick else BATCHES)
     contexts = arguments.context or (QUICK_CONTEXTS if arguments.quick else CONTEXTS)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; one token, {QUERY_HEADS} query heads, {KV_HEADS} of the cache")
+    if arguments.tune:
+        for batch in batches:
+            for context in contexts:
+                found = tune(batch, context, arguments.bps[-1])
+                print(f"batch {batch}, context {context}:", *[f"{us:.1f} us {launch}" for us, launch in found], sep="\n    ", flush=True)
+        return
     results = measure(batches, contexts, arguments.bps)
     print(table(results))
     stored = measure_store(batches, [1024] if arguments.quick else [1024, 8192], arguments.bps)

@@ -4,6 +4,7 @@ from . import compile as _compile  # noqa: F401  (the first traced layer install
 from . import ops, passes
 from .allocate import allocate_rates
 from .balance import BalancedGroup, balance_columns
+from .cache import KVConfig, QuantizedKV
 from .module import HyperQuantLinear
 from .quantize import HyperQuantWeightConfig, hyperquant_weight
 from .report import QuantizationReport, quantization_report
@@ -16,7 +17,9 @@ __all__ = [
     "HyperQuantLinear",
     "HyperQuantTensor",
     "HyperQuantWeightConfig",
+    "KVConfig",
     "QuantizationReport",
+    "QuantizedKV",
     "allocate_rates",
     "balance_columns",
     "hyperquant_weight",

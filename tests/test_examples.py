@@ -52,3 +52,11 @@ def test_distributed():
     assert len(losses) == 2 and losses[0] == losses[1]
     gathered, dense = (int(number.replace(",", "")) for number in re.search(r"gathers ([\d,]+) bytes .* be ([\d,]+)", out).groups())
     assert gathered < dense / 6
+
+
+def test_generate():
+    pytest.importorskip("transformers", minversion="5")
+    out = run("generate.py", "--steps", "40", "--tokens", "32", "--bps", "6", "2", "--window", "8")
+    six, two = (float(kl) for kl in re.findall(r"KL ([\d.]+) millinats", out))
+    assert six < two < 100
+    assert "= 6 bits per value, 2.67 times fewer" in out and "= 2 bits per value, 8.00 times fewer" in out

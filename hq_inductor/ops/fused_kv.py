@@ -51,7 +51,8 @@ def attention_launch(units: int, max_tokens: int, processors: int, k_layout: Til
     """Launch for `units` heads of slots (times blocks of columns): one wave of programs."""
     num_warps = _warps(k_layout, v_layout)
     wave = _BLOCKS_PER_PROCESSOR * processors * (8 // num_warps)
-    splits = max(1, min(wave // units, -(-max_tokens // (16 * num_warps))))
+    # one more for the exact tokens
+    splits = max(1, min(wave // units, -(-max_tokens // (16 * num_warps)) + 1))
     return AttentionLaunch(num_warps, splits, 128 if k_layout.tile == 128 else 255)
 
 
@@ -234,7 +235,31 @@ def _symbol_bits(layout: TileLayout, device: torch.device) -> torch.Tensor:
     return on_device(("symbol bits", bits), lambda: torch.tensor(bits, dtype=torch.float32), device)
 
 
-def store(words: torch.Tensor, x: torch.Tensor, position: torch.Tensor, layout: TileLayout, effort: int = 1, num_warps: int = 8) -> None:
+@dataclass(frozen=True)
+class EncodeLaunch:
+    """How the encoder is launched, one program per slot.
+
+    Args:
+        candidates: scales, or lambdas, that are tried at a time; a power of two.
+        finer: of the first ones, how many are finer than the average tile's.
+        num_warps: warps per program; at most one thread for each candidate's vectors is of use.
+    """
+
+    candidates: int
+    finer: int
+    num_warps: int
+
+
+# few slots wait for their rounds, so one window should do: of Gaussians from 1.75 to 6 bps, head_dim 96 to 256, the finest scale that
+# fits is (measured) 16 finer to 14 coarser than the average for effort 1, and 10 finer to 27 coarser for effort 0, which needs more bits;
+# many slots fill the device, where what counts is how much is tried: most need less, and the rest another round
+_FEW, _MANY = {0: EncodeLaunch(32, 8, 8), 1: EncodeLaunch(32, 15, 8)}, {0: EncodeLaunch(16, 6, 4), 1: EncodeLaunch(16, 8, 4)}
+_MANY_SLOTS = 2048
+
+
+def store(
+    words: torch.Tensor, x: torch.Tensor, position: torch.Tensor, layout: TileLayout, effort: int = 1, launch: EncodeLaunch | None = None
+) -> None:
     """Encode tokens into their slots, in place.
 
     Args:
@@ -261,6 +286,8 @@ def store(words: torch.Tensor, x: torch.Tensor, position: torch.Tensor, layout: 
         x = x.contiguous()
     if x.numel() == 0:
         return
+    if launch is None:
+        launch = (_FEW if batch * heads * tokens < _MANY_SLOTS else _MANY)[effort]
     device = x.device
     pdl = dependent_launch(device)
     encode_kernel[(batch * heads, tokens)](
@@ -288,7 +315,9 @@ def store(words: torch.Tensor, x: torch.Tensor, position: torch.Tensor, layout: 
         VECTORS=triton.next_power_of_2(layout.tile // 8),
         STREAM_PAD=triton.next_power_of_2(layout.stream_words),
         EFFORT=effort,
+        CANDIDATES=launch.candidates,
+        FINER=launch.finer,
         PDL=pdl,
-        num_warps=num_warps,
+        num_warps=launch.num_warps,
         **({"launch_pdl": True} if pdl else {}),
     )

@@ -111,7 +111,7 @@ def _between(x, low, count):
 @triton.jit
 def _coded_before(part, total, active, exact_rounds, share):
     """Coded steps of the parts before `part`, when the first `exact_rounds` parts spend `share` steps on exact tokens."""
-    return tl.where(part == active, total, (part * total) // active) - share * tl.minimum(part, tl.minimum(exact_rounds, active))
+    return tl.maximum((part * total) // active - share * tl.minimum(part, tl.minimum(exact_rounds, active)), 0)
 
 
 @triton.jit
@@ -347,6 +347,16 @@ def attention_kernel(
         gdc_wait()
 
     length = tl.load(length_ptr).to(tl.int32)
+    # column r as an operand of products, on its way together with the length
+    column = tl.program_id(2) * 8 + r
+    sub = column // group % JOIN
+    q_row = b * stride_qb + ((h * JOIN + sub) * group + column % group) * stride_qh + column // (JOIN * group) * stride_qs
+    q_mask = (column < queries * JOIN * group) & (h * JOIN + sub < kv_heads)
+    q_first = sub * HEAD_DIM
+    values = ()
+    for g in tl.static_range(GROUPS):
+        for v in tl.static_range(4):
+            values = values + _query_8(query_ptr, q_row, 128 * g + 32 * v + 8 * j, q_first, q_mask, HEAD_DIM)
     first_query = length - queries
     begin = 0
     if HAS_START:
@@ -358,16 +368,18 @@ def attention_kernel(
         seen_first = tl.maximum(seen_first, first_query - sliding_window + 1)
     first_step = tl.maximum(sinks, seen_first) // 16
     steps = tl.maximum((coded_end + 15) // 16 - first_step, 0)
-    active = tl.minimum(tl.maximum((steps + NUM_WARPS - 1) // NUM_WARPS, 1), tl.num_programs(1))
+    # a round of exact tokens takes about as long as half a round of coded ones. The first parts have them, and fewer of these; where there
+    # are programs to spare, they have none
+    exact_rounds = (sinks + window + 16 * NUM_WARPS - 1) // (16 * NUM_WARPS)
+    wanted = tl.maximum((steps + NUM_WARPS - 1) // NUM_WARPS + exact_rounds, 1)
+    active = tl.minimum(wanted, tl.num_programs(1))
+    share = tl.where(wanted <= tl.num_programs(1), NUM_WARPS, NUM_WARPS // 2)
     if part >= active:
         if SPLIT:
             # nothing seen
             row = ((unit * tl.num_programs(2) + tl.program_id(2)) * tl.num_programs(1) + part) * 16 + tl.arange(0, 16)
             tl.store(state_ptr + row, tl.where(row % 2 == 0, _NEVER, 0.0))
         return
-    # a round of exact tokens takes about as long as half a round of coded ones: the first parts, which have them, get fewer of these
-    exact_rounds = (sinks + window + 16 * NUM_WARPS - 1) // (16 * NUM_WARPS)
-    share = NUM_WARPS // 2
     total_steps = steps + share * tl.minimum(exact_rounds, active)
     step_begin = first_step + _coded_before(part, total_steps, active, exact_rounds, share)
     step_end = first_step + _coded_before(part + 1, total_steps, active, exact_rounds, share)
@@ -383,16 +395,6 @@ def attention_kernel(
     stage_slots(k_head, step, k_pieces, lane, k_buffer, K_WORDS, K_RAW)
     stage_slots(v_head, step, v_pieces, lane, v_buffer, V_WORDS, V_RAW)
 
-    # column r as an operand of products
-    column = tl.program_id(2) * 8 + r
-    sub = column // group % JOIN
-    q_row = b * stride_qb + ((h * JOIN + sub) * group + column % group) * stride_qh + column // (JOIN * group) * stride_qs
-    q_mask = (column < queries * JOIN * group) & (h * JOIN + sub < kv_heads)
-    q_first = sub * HEAD_DIM
-    values = ()
-    for g in tl.static_range(GROUPS):
-        for v in tl.static_range(4):
-            values = values + _query_8(query_ptr, q_row, 128 * g + 32 * v + 8 * j, q_first, q_mask, HEAD_DIM)
     largest = tl.zeros([32 * NUM_WARPS], tl.float32)
     for i in tl.static_range(32 * GROUPS):
         largest = tl.maximum(largest, tl.abs(values[i]))
@@ -607,34 +609,38 @@ def attention_kernel(
     store_shared(own + 8, state[1].to(tl.int32, bitcast=True))
     store_shared(own + 12, column_sum(state[3], NUM_WARPS).to(tl.int32, bitcast=True))
     tl.debug_barrier()
-    for i in tl.static_range(8 * TILE // (32 * NUM_WARPS)):
-        index = i * (32 * NUM_WARPS) + thread
-        c = index // TILE
-        d = index % TILE
+    for turn in tl.static_range(8 // NUM_WARPS if NUM_WARPS < 8 else 1):
+        # a warp takes a column
+        c = turn * NUM_WARPS + warp
         largest = tl.full([32 * NUM_WARPS], _NEVER, tl.float32)
         for w in tl.static_range(NUM_WARPS):
             largest = tl.maximum(largest, load_shared(states + (w * 64 + c * 8)).to(tl.float32, bitcast=True))
-        total = tl.zeros([32 * NUM_WARPS], tl.float32)
+        shares = ()
         norm = tl.zeros([32 * NUM_WARPS], tl.float32)
         for w in tl.static_range(NUM_WARPS):
             share = tl.exp2(load_shared(states + (w * 64 + c * 8)).to(tl.float32, bitcast=True) - largest)
             norm += share * load_shared(states + (w * 64 + c * 8 + 4)).to(tl.float32, bitcast=True)
-            total += share * load_shared(base + (w * 8 * TILE + index) * 4).to(tl.float32, bitcast=True)
+            shares = shares + (share,)
         c_all = tl.program_id(2) * 8 + c
         sub = c_all // group % JOIN
         real = (c_all < queries * JOIN * group) & (h * JOIN + sub < kv_heads)
+        part_row = ((unit * tl.num_programs(2) + tl.program_id(2)) * tl.num_programs(1) + part) * 8 + c
+        out_row = (((b * kv_heads + h * JOIN + sub) * group + c_all % group) * queries + c_all // (JOIN * group)).to(tl.int64)
+        for i in tl.static_range(TILE // 32):
+            d = i * 32 + lane
+            total = tl.zeros([32 * NUM_WARPS], tl.float32)
+            for w in tl.static_range(NUM_WARPS):
+                total += shares[w] * load_shared(base + ((w * 8 + c) * TILE + d) * 4).to(tl.float32, bitcast=True)
+            if SPLIT:
+                tl.store(partial_ptr + part_row.to(tl.int64) * TILE + d, total, mask=real)
+            else:
+                place = d - sub * HEAD_DIM
+                mask = real & (place >= 0) & (place < HEAD_DIM)
+                value = total / tl.where(norm > 0, norm, 1.0)
+                tl.store(out_ptr + out_row * HEAD_DIM + place, value.to(out_ptr.dtype.element_ty), mask=mask)
         if SPLIT:
-            row = ((unit * tl.num_programs(2) + tl.program_id(2)) * tl.num_programs(1) + part) * 8 + c
-            tl.store(partial_ptr + row.to(tl.int64) * TILE + d, total, mask=real)
-            tl.store(state_ptr + row * 2, largest, mask=real & (d == 0))
-            tl.store(state_ptr + row * 2 + 1, norm, mask=real & (d == 0))
-        else:
-            head = (b * kv_heads + h * JOIN + sub) * group + c_all % group
-            place = d - sub * HEAD_DIM
-            mask = real & (place >= 0) & (place < HEAD_DIM)
-            value = total / tl.where(norm > 0, norm, 1.0)
-            row = (head * queries + c_all // (JOIN * group)).to(tl.int64)
-            tl.store(out_ptr + row * HEAD_DIM + place, value.to(out_ptr.dtype.element_ty), mask=mask)
+            tl.store(state_ptr + part_row * 2, largest, mask=real & (lane == 0))
+            tl.store(state_ptr + part_row * 2 + 1, norm, mask=real & (lane == 0))
 
 
 @triton.jit(do_not_specialize=["queries", "group", "heads", "kv_heads", "splits", "column_blocks"])
