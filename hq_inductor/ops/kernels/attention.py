@@ -34,7 +34,7 @@ from .shared import (
     wait_older_copies,
 )
 from .slots import open_slot, raw_address, slot_quads, slot_raw, stage_slots, stream_address
-from .tile import decode_vector, restore_signs
+from .tile import decode_vector_e8, restore_signs
 from .warp import (
     biased_to_half,
     column_max,
@@ -531,8 +531,8 @@ def attention_kernel(
             for v in tl.static_range(4):
                 e0, e1, y_u = slot_quads(y_u, odd, k_table, K_PLACE, TWO_CODES)
                 f0, f1, y_v = slot_quads(y_v, odd, k_table, K_PLACE, TWO_CODES)
-                a0, a2 = decode_vector(e0, e1, v, signs_u, raw_u, K_RICE, K_SHIFT, "e8")
-                a1, a3 = decode_vector(f0, f1, v, signs_v, raw_v, K_RICE, K_SHIFT, "e8")
+                a0, a2 = decode_vector_e8(e0, e1, v, signs_u, raw_u, K_RICE, K_SHIFT, BIASED=False)
+                a1, a3 = decode_vector_e8(f0, f1, v, signs_v, raw_v, K_RICE, K_SHIFT, BIASED=False)
                 b0, b1, c0, c1 = q_high[8 * g + 2 * v], q_high[8 * g + 2 * v + 1], q_low[8 * g + 2 * v], q_low[8 * g + 2 * v + 1]
                 s0, s1, s2, s3 = mma_s8(s0, s1, s2, s3, a0, a1, a2, a3, b0, b1, NUM_WARPS)
                 t0, t1, t2, t3 = mma_s8(t0, t1, t2, t3, a0, a1, a2, a3, c0, c1, NUM_WARPS)
@@ -569,8 +569,8 @@ def attention_kernel(
             for v in tl.static_range(4):
                 e0, e1, y_u = slot_quads(y_u, odd, v_table, V_PLACE, TWO_CODES)
                 f0, f1, y_v = slot_quads(y_v, odd, v_table, V_PLACE, TWO_CODES)
-                codes_u = decode_vector(e0, e1, v, signs_u, raw_u, V_RICE, V_SHIFT, "e8", BIASED=True)
-                codes_v = decode_vector(f0, f1, v, signs_v, raw_v, V_RICE, V_SHIFT, "e8", BIASED=True)
+                codes_u = decode_vector_e8(e0, e1, v, signs_u, raw_u, V_RICE, V_SHIFT, BIASED=True)
+                codes_v = decode_vector_e8(f0, f1, v, signs_v, raw_v, V_RICE, V_SHIFT, BIASED=True)
                 for half in tl.static_range(2):
                     turned_u = transpose(codes_u[half], NUM_WARPS)
                     turned_v = transpose(codes_v[half], NUM_WARPS)
