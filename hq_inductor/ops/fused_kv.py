@@ -72,8 +72,10 @@ def unsupported(
         return f"slots are too long for shared memory, got {k_layout.words} and {v_layout.words} words"
     if max_tokens * k_layout.words % 4 or max_tokens * v_layout.words % 4 or k_words.numel() >= 2**31:
         return f"max_tokens must be a multiple of 4 and words fewer than 2^31, got {max_tokens} and {k_words.numel()}"
-    if k_exact.dtype not in (torch.float16, torch.bfloat16):
-        return f"exact tokens must be fp16 or bf16, got {k_exact.dtype}"
+    if k_exact.dtype not in (torch.float16, torch.bfloat16) or query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"exact tokens must be fp16 or bf16 and queries that or fp32, got {k_exact.dtype} and {query.dtype}"
+    if k_words.data_ptr() % 16 or k_exact.data_ptr() % 16:
+        return "tensors must start at multiples of 16 bytes"
     if -(-queries * (k_layout.tile // head_dim) * (query.shape[1] // kv_heads) // MMA_COLUMNS) > MAX_COLUMN_BLOCKS:
         return f"{queries} queries per head are too many"
     if mask is not None and (mask.dtype != torch.bool or mask.shape[1] != 1 or mask.stride(-1) != 1 or mask.shape[-1] < max_tokens):
@@ -129,7 +131,10 @@ def attend(
 
     Note: no host sync, and a launch that does not depend on `length`.
     """
-    reason = unsupported(query, k_words, k_exact, mask, k_layout, v_layout)
+    v_exact = v_exact.to(k_exact.dtype)
+    reason = unsupported(query, k_words, k_exact, mask, k_layout, v_layout) or unsupported(
+        query, v_words, v_exact, mask, k_layout, v_layout
+    )
     if reason is not None:
         raise ValueError(reason)
     batch, query_heads, queries, head_dim = query.shape
