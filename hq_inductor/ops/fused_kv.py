@@ -15,9 +15,10 @@ from ..format.on_device import on_device
 from ..format.quantizer import MAX_OVERLOAD, PRICE, check_effort
 from ..format.rates import start_rms
 from ..format.rounding import class_bits
-from .kernels.attention import attention_kernel, combine_kernel
+from .kernels.attention import attention_kernel
 from .kernels.kv_encode import encode_kernel
 from .kernels.slots import buffer_bytes
+from .kernels.softmax import combine_kernel
 from .launch import MMA_COLUMNS, dependent_launch, multiprocessors
 
 # bytes of shared memory for slots: what the tables leave of a kernel's static share
