@@ -6,7 +6,7 @@ Definition.  `softmax(scale q k^T + mask) v`, softmax in fp32. Keys and values o
              `sliding_window`, where `mask` allows. A query that sees nothing yields zeros.
 Invariants.  No host sync. Any words, lengths and starts are read without error; corrupt ones give wrong finite numbers.
 Choice.      On a CPU, plain PyTorch over the stored tokens. On CUDA the kernel that decodes while it attends
-             (`hq_inductor.ops.fused_kv.attend`), where its `unsupported` has no objection: few queries, one code for keys and values,
+             (`hq_inductor.ops.fused_kv.attend`), where its `unsupported` has no objection: few queries,
              e8, masks that heads share. Otherwise slots are decoded to the queries' dtype for the library's attention.
 """
 

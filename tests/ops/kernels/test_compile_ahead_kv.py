@@ -6,8 +6,9 @@ triton = pytest.importorskip("triton")
 
 from hq_inductor.format.kv import kv_layout  # noqa: E402
 from hq_inductor.ops.fused_kv import attention_launch  # noqa: E402
-from hq_inductor.ops.kernels.attention import attention_kernel, combine_kernel  # noqa: E402
+from hq_inductor.ops.kernels.attention import attention_kernel  # noqa: E402
 from hq_inductor.ops.kernels.kv_encode import encode_kernel  # noqa: E402
+from hq_inductor.ops.kernels.softmax import combine_kernel  # noqa: E402
 
 from .test_compile_ahead import compile_ahead, loop_of  # noqa: E402
 
