@@ -5,6 +5,9 @@ Definition.  `kv_encode` rotates new keys or values and writes them to slots and
 Invariants.  All tensors are allocated once and changed in place; the number of tokens is a tensor on the device. So a step has static
              shapes, needs no host sync, and compiles into one graph or a CUDA graph. What does not fit is refused before anything is
              written; where lengths are unknown to the host (compiled, or on CUDA after compiled steps), tokens beyond the end are dropped.
+Why an offset.  Keys of one head share a large constant part, which costs bits and decides nothing: adding one vector to all keys adds one
+             number to all scores of a query. So the mean of the first tokens is subtracted from all keys that are stored, exactly. On a
+             24M-parameter Llama this lowers the divergence at 2 bits by a quarter; for values, it was measured to do nothing.
 Why exact tokens.  Attention looks most at the first tokens and at the newest. Sixty-eight of them in bf16 are little beside thousands.
 """
 
@@ -24,6 +27,8 @@ from .ops.kv import write_rows
 
 # kernels read slots of this many tokens at a time
 TOKEN_BLOCK = 16
+# fewer tokens than this say little about the mean of all
+MIN_CENTER_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class KVConfig:
         sinks: first tokens that are also kept exact.
         effort: encoder's effort, 0 to 2 (`hq_inductor.format.quantizer`).
         dither: None, `"half"` or `"full"` (`hq_inductor.format.dither`): unbiased, coarser and slower.
+        center: subtract from all keys the mean of those of the first `store`, if it brings at least 16.
         seed: of rotations and dither.
 
     Raises:
@@ -52,6 +58,7 @@ class KVConfig:
     sinks: int = 4
     effort: int = 1
     dither: str | None = None
+    center: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -87,6 +94,7 @@ def kv_encode(
     *,
     sinks: int,
     window: int,
+    offset: torch.Tensor | None = None,
     effort: int = 1,
     dither: str | None = None,
     seed: int = 0,
@@ -100,6 +108,7 @@ def kv_encode(
         position: int64 `[S]` on the device, consecutive; those outside of `[0, max_tokens)` are not written.
         layout: from `hq_inductor.format.kv.kv_layout`.
         rotation: `[head_dim, head_dim]`, applied from the right, or None.
+        offset: `[B, kv_heads, 1, head_dim]`, subtracted from x; for keys, any vector that stays the same leaves attention as it is.
         sinks, window, effort, dither, seed: see `KVConfig`; `seed` is that of layer and role.
 
     Raises:
@@ -108,7 +117,7 @@ def kv_encode(
     _check_words("words", words, layout)
     if x.shape[-1] != layout.head_dim:
         raise ValueError(f"x must have head_dim={layout.head_dim}, got {x.shape[-1]}")
-    x = _rotate(x, rotation)
+    x = _rotate(x if offset is None else (x - offset).to(x.dtype), rotation)
     lattice, tile, code = layout.tile.lattice, layout.tile.tile, layout.tile.code
     torch.ops.hyperquant.kv_store(words, x, position, lattice, tile, code, effort, dither, seed)
     index = exact_index(position, sinks, window)
@@ -199,6 +208,7 @@ class QuantizedKV:
     Attributes:
         k_words, v_words: int32 `[B, slots, max_tokens, words]`.
         k_exact, v_exact: `[B, kv_heads, sinks + window, head_dim]`, rotated.
+        k_offset: `[B, kv_heads, 1, head_dim]` fp32, what was subtracted from the keys.
         length: int64 `[1]`, tokens stored.
         start: int64 `[B]`, first position of each row that counts; None: 0. Set it for left-padded batches.
 
@@ -237,8 +247,10 @@ class QuantizedKV:
             )
             shape = (batch, kv_heads, config.sinks + config.window, head_dim)
             self.k_exact, self.v_exact = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+            self.k_offset = torch.zeros(batch, kv_heads, 1, head_dim, dtype=torch.float32, device=device)
             self.length = torch.zeros(1, dtype=torch.int64, device=device)
         self.start: torch.Tensor | None = None
+        self._centered = not config.center
         # a lower bound of the length: steps that are compiled do not count
         self._counted = 0
         rotations = (
@@ -252,11 +264,11 @@ class QuantizedKV:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What is stored, by name. None of them is ever replaced but by `select_batch`."""
-        return {name: getattr(self, name) for name in ("k_words", "v_words", "k_exact", "v_exact", "length")}
+        return {name: getattr(self, name) for name in ("k_words", "v_words", "k_exact", "v_exact", "k_offset", "length")}
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of slots and exact tokens."""
+        """Bytes of slots, exact tokens and the offset."""
         return sum(t.numel() * t.element_size() for name, t in self.tensors().items() if name != "length")
 
     @property
@@ -292,10 +304,14 @@ class QuantizedKV:
         tokens, config = k.shape[2], self.config
         if tokens == 0:
             return
+        if not self._centered:
+            self._centered = True
+            if tokens >= MIN_CENTER_TOKENS:
+                self.k_offset.copy_(k.detach().mean(2, keepdim=True, dtype=torch.float32))
         position = self.length + torch.arange(tokens, device=self.length.device)
-        for words, exact, x, layout, rotation, seed in (
-            (self.k_words, self.k_exact, k, self.k_layout, self.k_rotation, self.k_seed),
-            (self.v_words, self.v_exact, v, self.v_layout, self.v_rotation, self.v_seed),
+        for words, exact, x, layout, rotation, offset, seed in (
+            (self.k_words, self.k_exact, k, self.k_layout, self.k_rotation, self.k_offset, self.k_seed),
+            (self.v_words, self.v_exact, v, self.v_layout, self.v_rotation, None, self.v_seed),
         ):
             kv_encode(
                 words,
@@ -306,6 +322,7 @@ class QuantizedKV:
                 rotation,
                 sinks=config.sinks,
                 window=config.window,
+                offset=offset if config.center else None,
                 effort=config.effort,
                 dither=config.dither,
                 seed=seed,
@@ -352,7 +369,7 @@ class QuantizedKV:
         ):
             states = merge_exact(self._load(words, layout, seed), exact, self.length, self.config.sinks, self.config.window)
             out.append(_rotate(states, None if rotation is None else rotation.t()))
-        return out[0], out[1]
+        return (out[0] + self.k_offset).to(out[0].dtype), out[1]
 
     @torch.no_grad()
     def crop(self, tokens: int) -> None:
@@ -407,4 +424,5 @@ class QuantizedKV:
     def reset(self) -> None:
         """Forget all tokens."""
         self.length.zero_()
-        self.start, self._counted = None, 0
+        self.k_offset.zero_()
+        self.start, self._counted, self._centered = None, 0, not self.config.center
