@@ -3,7 +3,8 @@
 Ours reads coded slots, 4 first and 64 newest tokens exact. Against `scaled_dot_product_attention` on a bf16 cache, the fastest of its
 backends, queries of a group as heads or as rows. No attention on an fp8 cache comes with torch; `fp8 bound` is half the bf16 time, what
 one would take that reads half the bytes at the same rate. Medians of CUDA-graph replays of calls that take turns on caches that do not fit
-the L2 together. python benchmarks/attention.py [--quick] [--bps 2 3 4] [--json FILE]
+the L2 together. The second table is the encoder: keys and values of one new token, or of a prompt, two launches.
+python benchmarks/attention.py [--quick] [--bps 2 3 4] [--tune] [--json FILE]
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from linear import copies
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from hq_inductor.format.kv import kv_layout
 from hq_inductor.format.layout import TileLayout
 from hq_inductor.format.quantizer import quantize_tiles
 from hq_inductor.format.rates import start_rms
 from hq_inductor.format.rice import encode_tiles
-from hq_inductor.ops.fused_kv import attend
+from hq_inductor.ops.fused_kv import AttentionLaunch, attend, attention_launch, store
 
 QUERY_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 SINKS, WINDOW = 4, 64
@@ -76,9 +78,9 @@ def coded(batch: int, context: int, layout: TileLayout) -> torch.Tensor:
     return words[torch.randint(0, 512, (batch, KV_HEADS, context), device="cuda")]
 
 
-def ours(batch: int, context: int, bps: float) -> tuple[list[Callable[[], object]], int]:
+def ours(batch: int, context: int, bps: float, launch: AttentionLaunch | None = None) -> tuple[list[Callable[[], object]], int]:
     """Calls on different caches and the bytes of one."""
-    layout = TileLayout("e8", HEAD_DIM, int(8 * bps), int(HEAD_DIM * bps) // 32)
+    layout = kv_layout(HEAD_DIM, bps).tile
     query = torch.randn(batch, QUERY_HEADS, 1, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
     length = torch.tensor([context], device="cuda")
     size = 2 * batch * KV_HEADS * (4 * context * layout.words + 2 * (SINKS + WINDOW) * HEAD_DIM)
@@ -87,7 +89,7 @@ def ours(batch: int, context: int, bps: float) -> tuple[list[Callable[[], object
         sides = [coded(batch, context, layout) for _ in range(2)]
         sides += [torch.randn(batch, KV_HEADS, SINKS + WINDOW, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
         arguments = (query, *sides, length, None, None, HEAD_DIM**-0.5, SINKS, WINDOW, 0, layout, layout)
-        calls.append(lambda arguments=arguments: attend(*arguments))
+        calls.append(lambda arguments=arguments: attend(*arguments, launch))
     return calls, size
 
 
@@ -129,6 +131,16 @@ def measure(batches: list[int], contexts: list[int], rates: list[float]) -> list
     return results
 
 
+def tune(batch: int, context: int, bps: float) -> list[tuple[float, AttentionLaunch]]:
+    """Launches of the attention kernel, fastest first."""
+    layout = kv_layout(HEAD_DIM, bps).tile
+    usual = attention_launch(batch * KV_HEADS, context, torch.cuda.get_device_properties(0).multi_processor_count, layout, layout)
+    splits = {max(1, round(usual.splits * share)) for share in (0.12, 0.25, 0.5, 0.75, 1, 1.5, 2)}
+    launches = [AttentionLaunch(8, n, 128) for n in sorted(splits)] + [AttentionLaunch(4, 2 * usual.splits, 128)]
+    times = times_us({str(i): ours(batch, context, bps, launch)[0] for i, launch in enumerate(launches)})
+    return sorted(((us, launches[int(name)]) for name, us in times.items()), key=lambda pair: pair[0])
+
+
 def table(results: list[dict]) -> str:
     lines = [
         "| batch | context | bps | ours, us | bf16, us | by | ours is | fp8 bound, us | cache, MB | GB/s |",
@@ -146,6 +158,35 @@ def table(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def measure_store(batches: list[int], prompts: list[int], rates: list[float]) -> list[dict]:
+    """Microseconds of storing keys and values of one layer."""
+    results = []
+    for batch, tokens in [(batch, 1) for batch in batches] + [(1, prompt) for prompt in prompts]:
+        x = torch.randn(2, batch, KV_HEADS, tokens, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+        position = torch.arange(tokens, device="cuda")
+        named = {}
+        for bps in rates:
+            layout = kv_layout(HEAD_DIM, bps).tile
+            words = torch.zeros(2, batch, KV_HEADS, tokens, layout.words, dtype=torch.int32, device="cuda")
+            for effort in (0, 1):
+
+                def call(words=words, layout=layout, effort=effort, x=x, position=position):
+                    for side in range(2):
+                        store(words[side], x[side], position, layout, effort)
+
+                named[f"{bps:g} bps, effort {effort}"] = [call]
+        results.append({"batch": batch, "tokens": tokens, "time_us": times_us(named)})
+    return results
+
+
+def store_table(results: list[dict]) -> str:
+    names = list(results[0]["time_us"])
+    lines = ["| batch | tokens | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
+    for row in results:
+        lines.append(f"| {row['batch']} | {row['tokens']} | " + " | ".join(f"{row['time_us'][name]:.1f}" for name in names) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bps", type=float, nargs="+", default=[2.0, 3.0, 4.0])
@@ -153,16 +194,25 @@ def main() -> None:
     parser.add_argument("--context", type=int, nargs="+")
     parser.add_argument("--quick", action="store_true", help="half of the contexts")
     parser.add_argument("--json", help="write all figures to a file")
+    parser.add_argument("--tune", action="store_true", help="time launches of the attention kernel instead")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     batches = arguments.batch or (QUICK_BATCHES if arguments.quick else BATCHES)
     contexts = arguments.context or (QUICK_CONTEXTS if arguments.quick else CONTEXTS)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; one token, {QUERY_HEADS} query heads, {KV_HEADS} of the cache")
+    if arguments.tune:
+        for batch in batches:
+            for context in contexts:
+                found = tune(batch, context, arguments.bps[-1])
+                print(f"batch {batch}, context {context}:", *[f"{us:.1f} us {launch}" for us, launch in found], sep="\n    ", flush=True)
+        return
     results = measure(batches, contexts, arguments.bps)
     print(table(results))
+    stored = measure_store(batches, [1024] if arguments.quick else [1024, 8192], arguments.bps)
+    print("\nStoring keys and values, us\n" + store_table(stored))
     if arguments.json:
         with open(arguments.json, "w") as file:
-            json.dump({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "results": results}, file)
+            json.dump({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "results": results, "store": stored}, file)
 
 
 if __name__ == "__main__":

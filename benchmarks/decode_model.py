@@ -11,6 +11,9 @@ the output head and the embedding stay in bf16, as transformers does by default.
 per weight. Ours are one random weight per shape, rolled by the layer's index: no two layers share memory, and no kernel reads values that
 it could skip.
 
+The graph passes of `hq_inductor` rewrite what is compiled, as they do for everybody, and their report is printed; `--no-passes` leaves
+them out.
+
 With fewer than 32 layers (`--quick`: 8, bf16 and 4 bits only) the time of 32 is the measured time, less that of norm, head and argmax
 alone, times 32 / layers, plus that again; figures made so are marked. `--device cpu --tiny` runs the same code on a small model.
 """
@@ -32,7 +35,8 @@ from torchao.quantization import quantize_
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
-from hq_inductor import HyperQuantLinear, HyperQuantTensor
+from hq_inductor import HyperQuantLinear, HyperQuantTensor, passes
+from hq_inductor.compile import uninstall
 
 LAYERS = 32
 LLAMA_3_8B = {
@@ -227,6 +231,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512, help="tokens in the cache (default 512)")
     parser.add_argument("--steps", type=int, default=16, help=f"decoded per sample, of which there are {SAMPLES} (default 16)")
     parser.add_argument("--mode", choices=MODES, default="graph", help="how steps are run (default graph)")
+    parser.add_argument("--no-passes", action="store_true", help="compile without the graph passes of hq_inductor")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a model of a few hundred thousand weights")
     parser.add_argument("--json", help="write all figures to a file")
@@ -236,6 +241,8 @@ def main() -> None:
     device = torch.device(args.device)
     if device.type != "cuda" and "int4wo" in weights:
         raise SystemExit("int4wo packs its weights for CUDA; give --weights without it")
+    if args.no_passes:
+        uninstall()
     torch.manual_seed(0)
     config = LlamaConfig(**(TINY if args.tiny else LLAMA_3_8B), num_hidden_layers=layers, tie_word_embeddings=False)
     start_compiler(args.mode, device)
@@ -253,8 +260,16 @@ def main() -> None:
         f"{layers} layers{' (tiny)' if args.tiny else ''}"
     )
     print(table(results))
+    if args.mode != "eager":
+        print(f"\ngraph passes {'left out' if args.no_passes else 'over all compilations'}:\n{passes.report()}")
     if args.json:
-        conditions = {"device": where, "torch": torch.__version__, "transformers": transformers.__version__, "mode": args.mode}
+        conditions = {
+            "passes": not args.no_passes,
+            "device": where,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "mode": args.mode,
+        }
         with open(args.json, "w") as file:
             json.dump({**conditions, "context": args.context, "results": [asdict(result) for result in results]}, file, indent=1)
 

@@ -22,11 +22,11 @@ def decode_slots(words: torch.Tensor, layout: TileLayout) -> torch.Tensor:
     return (codes.double() * scale.double()[:, None]).view(*words.shape[:-1], layout.tile)
 
 
-def random_cache(layout: TileLayout, head_dim, batch, heads, max_tokens, length, sinks, window, dtype, device="cpu") -> tuple:
-    """`k_words, v_words, k_exact, v_exact` of random tokens; what is not stored is garbage."""
-    join = layout.tile // head_dim
+def random_cache(layouts: list[TileLayout], head_dim, batch, heads, max_tokens, length, sinks, window, dtype, device="cpu") -> tuple:
+    """`k_words, v_words, k_exact, v_exact` of random tokens, layouts of K and of V; what is not stored is garbage."""
     words, exact = [], []
-    for _ in range(2):
+    for layout in layouts:
+        join = layout.tile // head_dim
         x = torch.randn(batch, heads, max_tokens, layout.tile, device=device)
         # tokens differ in size
         x *= torch.rand(batch, heads, max_tokens, 1, device=device) + 0.3

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import struct
+import zlib
 from pathlib import Path
 
 import pytest
@@ -312,6 +313,25 @@ def test_spoiled_checkpoints_are_refused(packed, tmp_path, spoil):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=message):
         load_file(tmp_path / "model.safetensors")
+
+
+def test_blocks_of_large_tensors_have_checksums_of_their_own(tmp_path, monkeypatch):
+    """Against zlib on the bytes themselves; damage in the last, short block is found."""
+    monkeypatch.setattr("hq_inductor.integrations.safetensors.CHECKSUM_BYTES", 1000)
+    file = tmp_path / "model.safetensors"
+    tensors = {"a.large": torch.randn(501), "a.none": torch.empty(0), "a.exact": torch.arange(500, dtype=torch.int16)}
+    save_file(tensors, file)
+    with safe_open(file, "pt") as opened:
+        stored = json.loads(opened.metadata()["hyperquant_checksums"])
+    data = tensors["a.large"].numpy().tobytes()
+    assert stored["a.large"] == [zlib.crc32(data[:1000]), zlib.crc32(data[1000:2000]), zlib.crc32(data[2000:])]
+    assert stored["a.none"] == [0] and stored["a.exact"] == [zlib.crc32(tensors["a.exact"].numpy().tobytes())]
+    assert torch.equal(load_file(file)["a.large"], tensors["a.large"])
+    content = file.read_bytes()
+    assert content.count(data[2000:]) == 1
+    file.write_bytes(content.replace(data[2000:], data[2000:-1] + bytes([data[-1] ^ 1])))
+    with pytest.raises(CheckpointError, match=r"the checksum of a\.large does not match"):
+        load_file(file)
 
 
 def test_checkpoint_of_another_model_is_refused(packed, tmp_path):

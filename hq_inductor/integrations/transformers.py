@@ -1,7 +1,7 @@
 """HyperQuant as a quantization method of transformers 5: `from_pretrained(path, quantization_config=HyperQuantConfig(bps=4))`.
 
 Weights are quantized one by one while the checkpoint is read, so the float model never exists. `save_pretrained` writes the words
-(`hq_inductor.integrations.safetensors`), and `from_pretrained` of that directory loads them as they are, after checking the files.
+(`hq_inductor.integrations.safetensors`), and `from_pretrained` of that directory loads them as they are and checks the files.
 Import this module before loading a packed checkpoint; transformers only warns about methods it does not know.
 
 `TorchAoConfig(hyperquant_weight(bps=4))` of transformers works too (import this module first). What is different here: the files are
@@ -169,7 +169,7 @@ class HyperQuantHfQuantizer(TorchAoHfQuantizer):
             if name in parameters:
                 self.stored_names[name] = stored
                 expected[stored] = parameters[name].shape
-        self.checkpoint.check(expected)
+        self._finish_check = self.checkpoint.begin_check(expected)
         names: dict[str, set[str]] = {}
         for name, entry in self.checkpoint.packed.items():
             parameter = name.rpartition(".")[2]
@@ -188,6 +188,8 @@ class HyperQuantHfQuantizer(TorchAoHfQuantizer):
         return {"deserialize": HyperQuantDeserialize}
 
     def _process_model_after_weight_loading(self, model, **kwargs):
+        if self.pre_quantized:
+            self._finish_check()
         for module in model.modules():
             if type(module) is nn.Linear and isinstance(module.weight, HyperQuantTensor):
                 HyperQuantLinear.from_linear(module, module.weight)
@@ -197,6 +199,7 @@ class HyperQuantHfQuantizer(TorchAoHfQuantizer):
             model._weight_conversions = [c for c in conversions if not _deserializes(c)]
         # closes the files
         self.__dict__.pop("checkpoint", None)
+        self.__dict__.pop("_finish_check", None)
         return model
 
     def get_state_dict_and_metadata(self, model):

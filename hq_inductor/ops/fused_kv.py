@@ -51,7 +51,8 @@ def attention_launch(units: int, max_tokens: int, processors: int, k_layout: Til
     """Launch for `units` heads of slots (times blocks of columns): one wave of programs."""
     num_warps = _warps(k_layout, v_layout)
     wave = _BLOCKS_PER_PROCESSOR * processors * (8 // num_warps)
-    splits = max(1, min(wave // units, -(-max_tokens // (16 * num_warps))))
+    # one more for the exact tokens
+    splits = max(1, min(wave // units, -(-max_tokens // (16 * num_warps)) + 1))
     return AttentionLaunch(num_warps, splits, 128 if k_layout.tile == 128 else 255)
 
 
@@ -63,10 +64,8 @@ def unsupported(
     max_tokens, kv_heads = k_words.shape[2], k_exact.shape[1]
     if k_layout.lattice != "e8" or v_layout.lattice != "e8":
         return f"lattice must be e8, got {k_layout.lattice} and {v_layout.lattice}"
-    if k_layout.code != v_layout.code:
-        return f"keys and values must have one code, got {k_layout.code} and {v_layout.code}"
-    if k_layout.tile not in (128, 256):
-        return f"slots must have 128 or 256 coefficients, got {k_layout.tile}"
+    if k_layout.tile not in (128, 256) or k_layout.tile != v_layout.tile:
+        return f"slots must have 128 or 256 coefficients, got {k_layout.tile} and {v_layout.tile}"
     if head_dim % 8 or k_layout.tile % head_dim:
         return f"head_dim must be a multiple of 8 that divides the slot, got {head_dim}"
     if _warps(k_layout, v_layout) == 0:
@@ -80,6 +79,15 @@ def unsupported(
     if mask is not None and (mask.dtype != torch.bool or mask.shape[1] != 1 or mask.stride(-1) != 1 or mask.shape[-1] < max_tokens):
         return "mask must be bool, the same for all heads, contiguous in the last dimension, and as long as the cache"
     return None
+
+
+def _two_tables(k_layout: TileLayout, v_layout: TileLayout, device: torch.device) -> torch.Tensor:
+    """Decoding tables forwards of two codes, `[2, 4096]` int32, made once."""
+
+    def make() -> torch.Tensor:
+        return torch.stack([layout.quotient_code.table(layout.kernel_shift, layout.kernel_length_place) for layout in (k_layout, v_layout)])
+
+    return on_device(("two tables", k_layout.code, v_layout.code), make, device)
 
 
 def attend(
@@ -136,7 +144,7 @@ def attend(
     units = batch * heads
     if launch is None:
         launch = attention_launch(units * column_blocks, max_tokens, multiprocessors(device) if query.is_cuda else 1, k_layout, v_layout)
-    splits, tile = launch.splits, k_layout.tile
+    splits, tile, two_codes = launch.splits, k_layout.tile, k_layout.code != v_layout.code
     out = torch.empty((batch, query_heads, queries, head_dim), dtype=query.dtype, device=device)
     if out.numel() == 0:
         return out
@@ -152,7 +160,7 @@ def attend(
         query,
         k_words,
         v_words,
-        k_layout.kernel_tables(device),
+        _two_tables(k_layout, v_layout, device) if two_codes else k_layout.kernel_tables(device),
         k_exact,
         v_exact,
         length,
@@ -173,13 +181,18 @@ def attend(
         sliding_window,
         *query.stride()[:3],
         *mask_strides,
-        K=k_layout.rice_parameter,
-        SHIFT=k_layout.kernel_shift,
-        GAIN=k_layout.kernel_shift - k_layout.shift,
-        LENGTH_PLACE=k_layout.kernel_length_place,
         TILE=tile,
+        K_RICE=k_layout.rice_parameter,
+        K_SHIFT=k_layout.kernel_shift,
+        K_GAIN=k_layout.kernel_shift - k_layout.shift,
+        K_PLACE=k_layout.kernel_length_place,
         K_WORDS=k_layout.words,
+        V_RICE=v_layout.rice_parameter,
+        V_SHIFT=v_layout.kernel_shift,
+        V_GAIN=v_layout.kernel_shift - v_layout.shift,
+        V_PLACE=v_layout.kernel_length_place,
         V_WORDS=v_layout.words,
+        TWO_CODES=two_codes,
         WALL_UNIT=k_layout.wall_unit,
         HEAD_DIM=head_dim,
         JOIN=join,
@@ -197,25 +210,17 @@ def attend(
         combine_kernel[(units, queries * join * group)](
             partial,
             state,
-            length,
-            length if start is None else start,
             out,
             queries,
             group,
             heads,
             kv_heads,
-            max_tokens,
-            sinks,
-            window,
-            sliding_window,
             splits,
             column_blocks,
             TILE=tile,
             HEAD_DIM=head_dim,
             JOIN=join,
-            HAS_START=start is not None,
-            NUM_WARPS=launch.num_warps,
-            STEP=16,
+            STEP=min(triton.next_power_of_2(splits), 64),
             PDL=pdl,
             num_warps=4,
             **options,
@@ -230,7 +235,31 @@ def _symbol_bits(layout: TileLayout, device: torch.device) -> torch.Tensor:
     return on_device(("symbol bits", bits), lambda: torch.tensor(bits, dtype=torch.float32), device)
 
 
-def store(words: torch.Tensor, x: torch.Tensor, position: torch.Tensor, layout: TileLayout, effort: int = 1, num_warps: int = 8) -> None:
+@dataclass(frozen=True)
+class EncodeLaunch:
+    """How the encoder is launched, one program per slot.
+
+    Args:
+        candidates: scales, or lambdas, that are tried at a time; a power of two.
+        finer: of the first ones, how many are finer than the average tile's.
+        num_warps: warps per program; at most one thread for each candidate's vectors is of use.
+    """
+
+    candidates: int
+    finer: int
+    num_warps: int
+
+
+# few slots wait for their rounds, so one window should do: of Gaussians from 1.75 to 6 bps, head_dim 96 to 256, the finest scale that
+# fits is (measured) 16 finer to 14 coarser than the average for effort 1, and 10 finer to 27 coarser for effort 0, which needs more bits;
+# many slots fill the device, where what counts is how much is tried: most need less, and the rest another round
+_FEW, _MANY = {0: EncodeLaunch(32, 8, 8), 1: EncodeLaunch(32, 15, 8)}, {0: EncodeLaunch(16, 6, 4), 1: EncodeLaunch(16, 8, 4)}
+_MANY_SLOTS = 2048
+
+
+def store(
+    words: torch.Tensor, x: torch.Tensor, position: torch.Tensor, layout: TileLayout, effort: int = 1, launch: EncodeLaunch | None = None
+) -> None:
     """Encode tokens into their slots, in place.
 
     Args:
@@ -257,6 +286,8 @@ def store(words: torch.Tensor, x: torch.Tensor, position: torch.Tensor, layout: 
         x = x.contiguous()
     if x.numel() == 0:
         return
+    if launch is None:
+        launch = (_FEW if batch * heads * tokens < _MANY_SLOTS else _MANY)[effort]
     device = x.device
     pdl = dependent_launch(device)
     encode_kernel[(batch * heads, tokens)](
@@ -284,7 +315,9 @@ def store(words: torch.Tensor, x: torch.Tensor, position: torch.Tensor, layout: 
         VECTORS=triton.next_power_of_2(layout.tile // 8),
         STREAM_PAD=triton.next_power_of_2(layout.stream_words),
         EFFORT=effort,
+        CANDIDATES=launch.candidates,
+        FINER=launch.finer,
         PDL=pdl,
-        num_warps=num_warps,
+        num_warps=launch.num_warps,
         **({"launch_pdl": True} if pdl else {}),
     )

@@ -15,20 +15,29 @@ def is_call(node: object, *targets) -> bool:
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
 
 
-def dtype_of(node: fx.Node) -> torch.dtype:
-    return node.meta["val"].dtype
+def value_of(node: object) -> torch.Tensor | None:
+    """The fake tensor of a node; None for sizes, and for what another pass has put there without one."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def dtype_of(node: object) -> torch.dtype | None:
+    value = value_of(node)
+    return None if value is None else value.dtype
 
 
 def same_shape(*nodes: fx.Node) -> bool:
-    """Symbolic sizes are compared as expressions: no guard is added."""
-    shapes = [tuple(map(str, node.meta["val"].shape)) for node in nodes]
-    return all(shape == shapes[0] for shape in shapes)
+    """Whether nodes are tensors of one shape. Symbolic sizes are compared as expressions: no guard is added."""
+    shapes = [None if value_of(node) is None else tuple(map(str, value_of(node).shape)) for node in nodes]
+    return shapes[0] is not None and all(shape == shapes[0] for shape in shapes)
 
 
 def widened(node: fx.Node) -> fx.Node:
     """What a node was before it was converted to a wider dtype, which loses nothing."""
-    if is_call(node, _CONVERT) and dtype_of(node.args[0]).itemsize < dtype_of(node).itemsize and dtype_of(node.args[0]).is_floating_point:
-        return node.args[0]
+    if is_call(node, _CONVERT):
+        narrow, wide = dtype_of(node.args[0]), dtype_of(node)
+        if narrow is not None and wide is not None and narrow.is_floating_point and narrow.itemsize < wide.itemsize:
+            return node.args[0]
     return node
 
 

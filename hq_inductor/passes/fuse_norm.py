@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from .arithmetic import aten, dtype_of, increased, is_call, is_parameter, is_square, operands, rounded_from, same_shape, widened
+from .arithmetic import aten, dtype_of, increased, is_call, is_parameter, is_square, operands, rounded_from, same_shape, value_of, widened
 from .graph_pass import GraphPass, Rewriting
 from .linear_node import LinearNode, erase_unused
 
@@ -81,14 +81,15 @@ def match_norm(y: fx.Node) -> Norm | None:
 
 
 def _is_vector(node: object, y: fx.Node) -> bool:
-    return isinstance(node, fx.Node) and node.meta["val"].dim() == 1 and node.meta["val"].shape[0] == y.meta["val"].shape[-1]
+    value = value_of(node)
+    return value is not None and value.dim() == 1 and str(value.shape[0]) == str(value_of(y).shape[-1])
 
 
 def _match_normalized(node: object, dtype: torch.dtype) -> Norm | None:
     """`h * rsqrt(mean(h^2) + eps)` or `(h - mean(h)) * rsqrt(var(h) + eps)`, h of `dtype` computed with in fp32."""
     for centered, deviation in operands(node, aten.mul.Tensor):
         found = increased(deviation.args[0]) if is_call(deviation, aten.rsqrt.default) else None
-        if found is None or not isinstance(centered, fx.Node):
+        if found is None or value_of(centered) is None:
             continue
         spread, eps = found
         h, name = centered, "rms_norm"
@@ -119,5 +120,5 @@ def _match_centered(centered: fx.Node, variance: fx.Node) -> fx.Node | None:
 def _over_last(reduction: fx.Node, h: fx.Node) -> bool:
     """Whether a reduction is over the last dimension only, and keeps it."""
     named = dict(zip((argument.name for argument in reduction.target._schema.arguments), reduction.args, strict=False)) | reduction.kwargs
-    last = h.meta["val"].dim() - 1
+    last = value_of(h).dim() - 1
     return named.get("keepdim") is True and [d % (last + 1) for d in named.get("dim") or ()] == [last]

@@ -40,8 +40,10 @@ class LinearNode:
 
     @classmethod
     def of(cls, node: fx.Node) -> LinearNode | None:
-        """The layer at a node, or None."""
+        """The layer at a node; None if there is none, or if another pass has left out what its arguments are."""
         if node.op != "call_function" or node.target not in (_LINEAR, _FUSED):
+            return None
+        if any("val" not in known.meta for known in (node, *node.all_input_nodes)):
             return None
         # arguments equal to their default are left out
         given = {argument.name: argument.default_value for argument in node.target._schema.arguments if argument.has_default_value()}

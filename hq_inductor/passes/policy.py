@@ -1,13 +1,16 @@
 """Where a rewrite pays, for switches that are `"auto"`.
 
 Rule.  Merging siblings always: it takes rotations and launches away and adds nothing.
-       Norms, gates and residuals move into the fused kernel's launches, so where that kernel may run: on CUDA, half precision activations
-       with `mma="auto"` and at most `FUSED_BATCH` rows, or `mma="int8"`. A batch that is not known when compiling counts as small: larger
-       ones then take as many kernels as Inductor's own, since the kernel that rotates does the norm or gate for every batch.
+       Norms, gates and residuals move into the fused kernel's launches, so where that kernel may run (`takes_fused_kernel`): on CUDA, for
+       at most `FUSED_BATCH` rows of half precision with `mma="auto"`, or of any with `mma="int8"`. A batch that is not known when compiling
+       counts as small: larger ones then take as many kernels as Inductor's own, since the kernel that rotates does the norm or gate for
+       every batch.
        On a CPU these steps are loops that Inductor generates and vectorizes, which the op would not.
 """
 
 from __future__ import annotations
+
+import math
 
 from ..ops.launch import FUSED_BATCH
 from ..ops.linear import takes_fused_kernel
@@ -26,7 +29,8 @@ def why_not(name: str, linear: LinearNode, config: PassConfig) -> str | None:
     x = linear.value("x")
     if x.device.type != "cuda":
         return f"does not pay on {x.device.type}"
-    rows = x.shape[:-1].numel()
+    # `Size.numel()` would make a size that is not known a constant
+    rows = math.prod(x.shape[:-1])
     batch = rows if isinstance(rows, int) else FUSED_BATCH
     if not takes_fused_kernel(linear.mma, x.dtype, batch):
         return f"the fused kernel does not run for mma={linear.mma!r}, {x.dtype} and {rows} rows"

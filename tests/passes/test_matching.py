@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from hq_inductor import passes
 
-from .graphs import ALL, Compiled, LlamaNorm, assert_same, quantized
+from .graphs import ALL, Compiled, LlamaNorm, assert_same, quantized, without_codegen
 
 
 @pytest.fixture(autouse=True)
@@ -206,6 +207,37 @@ def test_what_is_no_residual(name):
 def test_a_layer_that_is_added_to_another():
     report = check(lambda m, x, r: r + m.a(x) + m.b(x + 1), X, RESIDUAL, **pair())
     assert report.made == {"fuse_residual": 2}
+
+
+def test_arithmetic_with_sizes():
+    """Operands that are no tensors."""
+
+    def forward(m, x):
+        size = x.shape[0]
+        return m.a(F.silu(x) * size) + size, m.a(rms(x) * size + size), m.a(x + size) * size
+
+    model = Around(forward, a=linear())
+    compiled = Compiled(model, X, dynamic=True, **ALL)
+    assert not compiled.report.made
+    for found, right in zip(compiled.out, model(X), strict=True):
+        assert_same(found, right)
+
+
+def test_nodes_of_other_passes_that_say_nothing_about_their_values():
+    class Negate(CustomGraphPass):
+        def __call__(self, graph):
+            (layer,) = graph.find_nodes(op="call_function", target=torch.ops.hyperquant.rice_linear.default)
+            with graph.inserting_before(layer):
+                layer.update_arg(0, graph.call_function(torch.ops.aten.neg.default, (layer.args[0],)))
+
+        def uuid(self):
+            return "negate"
+
+    model = Around(lambda m, x: m.a(F.silu(x) * x) + x[..., :64], a=linear())
+    with passes.configured(**ALL), torch._inductor.config.patch(post_grad_custom_post_pass=Negate()), torch.no_grad():
+        torch._dynamo.reset()
+        found = torch.compile(model, backend=without_codegen)(X)
+    assert_same(found, model.a(-F.silu(X) * X) + X[..., :64])
 
 
 def test_configure():

@@ -10,7 +10,8 @@ Arithmetic.  Queries are rounded to 15 bits, `128 hi + lo`, so a score is two in
 Work.        A warp takes 16 tokens at a time. Decoded as rows, K is a first operand. V must stand in columns: `transpose` turns pairs of
              its bytes, which become pairs of halves. The warps of a program merge in shared memory, programs of a head in `combine_kernel`.
              Programs share a head's coded tokens evenly, whatever the length; as many as there are tokens for take part.
-Shared.      Two buffers of 16 slots per warp (K, V), 16 KiB in all, then the tables. While one is decoded, the other is filled.
+Shared.      Two buffers of 16 slots per warp (K, V), 16 KiB in all, then 32 KiB of tables: of one code, both directions; of two codes,
+             forwards only (`slot_quads`, MIRRORED). While one buffer is decoded, the other is filled.
 Cost.        Per 16 tokens and 8 columns at tile 128: 16 vectors decoded, 8 int8 and 8 fp16 products, 18 transpositions, 32 byte
              permutations and as many additions of halves.
 Source.      Dao et al., Flash-Decoding, 2023 (split over the sequence); FlashAttention-2, arXiv 2307.08691 (running softmax).
@@ -22,7 +23,6 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .activations import round_to_even
 from .bits import INTERPRETED
 from .shared import (
     copy_async_16,
@@ -44,6 +44,7 @@ from .warp import (
     halves,
     mma_16bit,
     mma_s8,
+    pack_bytes,
     pack_halves,
     sync_warp,
     transpose,
@@ -56,6 +57,8 @@ _BUFFERS = tl.constexpr(16384)
 # log2 of the largest weight in fp16: small ones keep their bits down to 2^-28 of it
 _TOP = tl.constexpr(14.0)
 _NEVER = tl.constexpr(-1.0e30)
+# 1.5 * 2^23: fp32 has no bits below the unit there
+_MAGIC = tl.constexpr(12582912.0)
 # scores beyond, of corrupt slots, would lose the bits that keep weights below 2^_TOP
 _MOST = tl.constexpr(32768.0)
 
@@ -106,6 +109,12 @@ def _between(x, low, count):
 
 
 @triton.jit
+def _coded_before(part, total, active, exact_rounds, share):
+    """Coded steps of the parts before `part`, when the first `exact_rounds` parts spend `share` steps on exact tokens."""
+    return tl.maximum((part * total) // active - share * tl.minimum(part, tl.minimum(exact_rounds, active)), 0)
+
+
+@triton.jit
 def _exact_step(
     e,
     k_exact_ptr,
@@ -152,19 +161,29 @@ def _exact_step(
         tokens = tokens + (tl.where(real, token, 0),)
         inside = inside + (real,)
 
+    # all on their way before any is needed
+    k_all = ()
+    v_all = ()
+    for g in tl.static_range(GROUPS):
+        for v in tl.static_range(4):
+            d = 128 * g + 32 * v + 8 * j
+            head = h * JOIN + d // HEAD_DIM
+            there = (d // HEAD_DIM < JOIN) & (head < kv_heads)
+            for side in tl.static_range(2):
+                offset = ((b * kv_heads + head).to(tl.int64) * entries + rows[side]) * HEAD_DIM + d % HEAD_DIM
+                k_all = k_all + load_16(k_exact_ptr + offset, there & inside[side])
+                v_all = v_all + load_16(v_exact_ptr + offset, there & inside[side])
+
     s0 = tl.zeros([32 * NUM_WARPS], tl.float32)
     s1 = s0
     s2 = s0
     s3 = s0
     for g in tl.static_range(GROUPS):
         for v in tl.static_range(4):
-            d = 128 * g + 32 * v + 8 * j
-            head = h * JOIN + d // HEAD_DIM
-            there = (d // HEAD_DIM < JOIN) & (head < kv_heads)
             k_regs = ()
-            for side in tl.static_range(2):
-                offset = ((b * kv_heads + head).to(tl.int64) * entries + rows[side]) * HEAD_DIM + d % HEAD_DIM
-                k_regs = k_regs + load_16(k_exact_ptr + offset, there & inside[side])
+            for i in tl.static_range(8):
+                k_regs = k_regs + (k_all[32 * g + 8 * v + i],)
+            d = 128 * g + 32 * v + 8 * j
             q = _query_8(query_ptr, query_row, d, query_first, query_mask, HEAD_DIM)
             q_regs = ()
             for i in tl.static_range(4):
@@ -213,13 +232,9 @@ def _exact_step(
     updated = ()
     for g in tl.static_range(GROUPS):
         for v in tl.static_range(4):
-            d = 128 * g + 32 * v + 8 * j
-            head = h * JOIN + d // HEAD_DIM
-            there = (d // HEAD_DIM < JOIN) & (head < kv_heads)
             v_regs = ()
-            for side in tl.static_range(2):
-                offset = ((b * kv_heads + head).to(tl.int64) * entries + rows[side]) * HEAD_DIM + d % HEAD_DIM
-                v_regs = v_regs + load_16(v_exact_ptr + offset, there & inside[side])
+            for i in tl.static_range(8):
+                v_regs = v_regs + (v_all[32 * g + 8 * v + i],)
             for half in tl.static_range(2):
                 a0 = transpose(halves(v_regs[2 * half], v_regs[2 * half + 1], 0), NUM_WARPS)
                 a1 = transpose(halves(v_regs[2 * half], v_regs[2 * half + 1], 1), NUM_WARPS)
@@ -259,7 +274,7 @@ def attention_kernel(
     query_ptr,  # [B, kv_heads * group, queries, HEAD_DIM], strided, last dimension contiguous
     k_ptr,  # [B, heads, max_tokens, K_WORDS] int32
     v_ptr,  # [B, heads, max_tokens, V_WORDS] int32
-    table_ptr,  # [2, 4096] int32
+    table_ptr,  # [2, 4096] int32: forwards and backwards, or if TWO_CODES forwards of K and of V
     k_exact_ptr,  # [B, kv_heads, sinks + window, HEAD_DIM] fp16 or bf16
     v_exact_ptr,  # the same
     length_ptr,  # [1] int64
@@ -283,13 +298,18 @@ def attention_kernel(
     stride_qs,
     stride_mb,
     stride_ms,
-    K: tl.constexpr,
-    SHIFT: tl.constexpr,
-    GAIN: tl.constexpr,
-    LENGTH_PLACE: tl.constexpr,
     TILE: tl.constexpr,
+    K_RICE: tl.constexpr,
+    K_SHIFT: tl.constexpr,
+    K_GAIN: tl.constexpr,
+    K_PLACE: tl.constexpr,
     K_WORDS: tl.constexpr,
+    V_RICE: tl.constexpr,
+    V_SHIFT: tl.constexpr,
+    V_GAIN: tl.constexpr,
+    V_PLACE: tl.constexpr,
     V_WORDS: tl.constexpr,
+    TWO_CODES: tl.constexpr,
     WALL_UNIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     JOIN: tl.constexpr,
@@ -302,9 +322,10 @@ def attention_kernel(
     """Program (i, p, c): head i of slots, part p of its tokens, columns 8 c on."""
     GROUPS: tl.constexpr = TILE // 128
     BLOCKS: tl.constexpr = 8 * GROUPS  # of 16 coordinates by 8 columns
-    RAW: tl.constexpr = 4 * K * GROUPS
-    K_END: tl.constexpr = 32 * (K_WORDS - RAW)
-    V_END: tl.constexpr = 32 * (V_WORDS - RAW)
+    K_RAW: tl.constexpr = 4 * K_RICE * GROUPS
+    V_RAW: tl.constexpr = 4 * V_RICE * GROUPS
+    K_END: tl.constexpr = 32 * (K_WORDS - K_RAW)
+    V_END: tl.constexpr = 32 * (V_WORDS - V_RAW)
 
     thread = tl.arange(0, 32 * NUM_WARPS)
     lane = thread % 32
@@ -326,6 +347,16 @@ def attention_kernel(
         gdc_wait()
 
     length = tl.load(length_ptr).to(tl.int32)
+    # column r as an operand of products, on its way together with the length
+    column = tl.program_id(2) * 8 + r
+    sub = column // group % JOIN
+    q_row = b * stride_qb + ((h * JOIN + sub) * group + column % group) * stride_qh + column // (JOIN * group) * stride_qs
+    q_mask = (column < queries * JOIN * group) & (h * JOIN + sub < kv_heads)
+    q_first = sub * HEAD_DIM
+    values = ()
+    for g in tl.static_range(GROUPS):
+        for v in tl.static_range(4):
+            values = values + _query_8(query_ptr, q_row, 128 * g + 32 * v + 8 * j, q_first, q_mask, HEAD_DIM)
     first_query = length - queries
     begin = 0
     if HAS_START:
@@ -337,11 +368,21 @@ def attention_kernel(
         seen_first = tl.maximum(seen_first, first_query - sliding_window + 1)
     first_step = tl.maximum(sinks, seen_first) // 16
     steps = tl.maximum((coded_end + 15) // 16 - first_step, 0)
-    active = tl.minimum(tl.maximum((steps + NUM_WARPS - 1) // NUM_WARPS, 1), tl.num_programs(1))
+    # a round of exact tokens takes about as long as half a round of coded ones. The first parts have them, and fewer of these; where there
+    # are programs to spare, they have none
+    exact_rounds = (sinks + window + 16 * NUM_WARPS - 1) // (16 * NUM_WARPS)
+    wanted = tl.maximum((steps + NUM_WARPS - 1) // NUM_WARPS + exact_rounds, 1)
+    active = tl.minimum(wanted, tl.num_programs(1))
+    share = tl.where(wanted <= tl.num_programs(1), NUM_WARPS, NUM_WARPS // 2)
     if part >= active:
+        if SPLIT:
+            # nothing seen
+            row = ((unit * tl.num_programs(2) + tl.program_id(2)) * tl.num_programs(1) + part) * 16 + tl.arange(0, 16)
+            tl.store(state_ptr + row, tl.where(row % 2 == 0, _NEVER, 0.0))
         return
-    step_begin = first_step + (part * steps) // active
-    step_end = first_step + ((part + 1) * steps) // active
+    total_steps = steps + share * tl.minimum(exact_rounds, active)
+    step_begin = first_step + _coded_before(part, total_steps, active, exact_rounds, share)
+    step_end = first_step + _coded_before(part + 1, total_steps, active, exact_rounds, share)
     rounds = (step_end - step_begin + NUM_WARPS - 1) // NUM_WARPS
 
     k_head = k_ptr + unit.to(tl.int64) * (max_tokens * K_WORDS)
@@ -351,19 +392,9 @@ def attention_kernel(
     k_buffer = base + warp * (64 * (K_WORDS + V_WORDS))
     v_buffer = k_buffer + 64 * K_WORDS
     step = step_begin + warp
-    stage_slots(k_head, step, k_pieces, lane, k_buffer, K_WORDS, RAW)
-    stage_slots(v_head, step, v_pieces, lane, v_buffer, V_WORDS, RAW)
+    stage_slots(k_head, step, k_pieces, lane, k_buffer, K_WORDS, K_RAW)
+    stage_slots(v_head, step, v_pieces, lane, v_buffer, V_WORDS, V_RAW)
 
-    # column r as an operand of products
-    column = tl.program_id(2) * 8 + r
-    sub = column // group % JOIN
-    q_row = b * stride_qb + ((h * JOIN + sub) * group + column % group) * stride_qh + column // (JOIN * group) * stride_qs
-    q_mask = (column < queries * JOIN * group) & (h * JOIN + sub < kv_heads)
-    q_first = sub * HEAD_DIM
-    values = ()
-    for g in tl.static_range(GROUPS):
-        for v in tl.static_range(4):
-            values = values + _query_8(query_ptr, q_row, 128 * g + 32 * v + 8 * j, q_first, q_mask, HEAD_DIM)
     largest = tl.zeros([32 * NUM_WARPS], tl.float32)
     for i in tl.static_range(32 * GROUPS):
         largest = tl.maximum(largest, tl.abs(values[i]))
@@ -373,16 +404,16 @@ def attention_kernel(
     q_high = ()
     q_low = ()
     for word in tl.static_range(8 * GROUPS):
-        high_word = lane * 0
-        low_word = lane * 0
+        above = ()
+        rest = ()
         for i in tl.static_range(4):
-            q = round_to_even(values[4 * word + i] * factor).to(tl.int32)
-            # the nearest multiple of 128, and the rest
-            q_above = (q + 64) >> 7
-            high_word = high_word | ((q_above & 0xFF) << (8 * i))
-            low_word = low_word | (((q - q_above * 128) & 0xFF) << (8 * i))
-        q_high = q_high + (high_word,)
-        q_low = q_low + (low_word,)
+            value = values[4 * word + i] * factor
+            # an integer stands in the low bits of its sum with the magic number
+            high_sum = value * 0.0078125 + _MAGIC
+            above = above + (high_sum.to(tl.int32, bitcast=True),)
+            rest = rest + ((value - 128.0 * (high_sum - _MAGIC) + _MAGIC).to(tl.int32, bitcast=True),)
+        q_high = q_high + (pack_bytes(above[0], above[1], above[2], above[3]),)
+        q_low = q_low + (pack_bytes(rest[0], rest[1], rest[2], rest[3]),)
 
     # columns 2 j and 2 j + 1 of sums; as an operand, column c is with threads 4 c to 4 c + 3
     q_scale = ()
@@ -408,19 +439,6 @@ def attention_kernel(
     first_0 = tl.maximum(low[0], sinks)
     first_1 = tl.maximum(low[1], sinks)
 
-    table = base + _BUFFERS + odd * 16384
-    wait_copies(lane)
-    tl.debug_barrier()
-
-    k_raw_u = raw_address(k_buffer, r, K_WORDS, RAW)
-    k_raw_v = raw_address(k_buffer, r + 8, K_WORDS, RAW)
-    k_stream_u = stream_address(k_buffer, r, K_WORDS, RAW)
-    k_stream_v = stream_address(k_buffer, r + 8, K_WORDS, RAW)
-    v_raw_u = raw_address(v_buffer, r, V_WORDS, RAW)
-    v_raw_v = raw_address(v_buffer, r + 8, V_WORDS, RAW)
-    v_stream_u = stream_address(v_buffer, r, V_WORDS, RAW)
-    v_stream_v = stream_address(v_buffer, r + 8, V_WORDS, RAW)
-
     m0 = tl.full([32 * NUM_WARPS], _NEVER, tl.float32)
     zero = tl.zeros([32 * NUM_WARPS], tl.float32)
     state = (m0, m0, zero, zero)
@@ -428,107 +446,8 @@ def attention_kernel(
     for _ in tl.static_range(4 * BLOCKS):
         totals = totals + (zero,)
 
-    for _ in range(rounds):
-        token = step * 16 + r
-        keep_u0 = _between(token, first_0, counts[0])
-        keep_u1 = _between(token, first_1, counts[1])
-        keep_v0 = _between(token + 8, first_0, counts[0])
-        keep_v1 = _between(token + 8, first_1, counts[1])
-        if HAS_MASK:
-            # under way while K is decoded
-            token_u = tl.minimum(token, last_token)
-            token_v = tl.minimum(token + 8, last_token)
-            seen_u0 = tl.load(mask_ptr + mask_rows[0] + token_u)
-            seen_u1 = tl.load(mask_ptr + mask_rows[1] + token_u)
-            seen_v0 = tl.load(mask_ptr + mask_rows[0] + token_v)
-            seen_v1 = tl.load(mask_ptr + mask_rows[1] + token_v)
-        step += NUM_WARPS
-
-        wait_older_copies(lane)
-        k_scale_u, y_u = open_slot(k_stream_u, j, K_END, WALL_UNIT, GAIN)
-        k_scale_v, y_v = open_slot(k_stream_v, j, K_END, WALL_UNIT, GAIN)
-        s0 = lane * 0
-        s1 = lane * 0
-        s2 = lane * 0
-        s3 = lane * 0
-        t0 = lane * 0
-        t1 = lane * 0
-        t2 = lane * 0
-        t3 = lane * 0
-        for g in tl.static_range(GROUPS):
-            raw_u = slot_raw(k_raw_u, g, j, K, GROUPS)
-            raw_v = slot_raw(k_raw_v, g, j, K, GROUPS)
-            signs_u = restore_signs(raw_u, K, "e8")
-            signs_v = restore_signs(raw_v, K, "e8")
-            for v in tl.static_range(4):
-                e0, e1, y_u = slot_quads(y_u, odd, table, LENGTH_PLACE)
-                f0, f1, y_v = slot_quads(y_v, odd, table, LENGTH_PLACE)
-                a0, a2 = decode_vector(e0, e1, v, signs_u, raw_u, K, SHIFT, "e8")
-                a1, a3 = decode_vector(f0, f1, v, signs_v, raw_v, K, SHIFT, "e8")
-                b0, b1, c0, c1 = q_high[8 * g + 2 * v], q_high[8 * g + 2 * v + 1], q_low[8 * g + 2 * v], q_low[8 * g + 2 * v + 1]
-                s0, s1, s2, s3 = mma_s8(s0, s1, s2, s3, a0, a1, a2, a3, b0, b1, NUM_WARPS)
-                t0, t1, t2, t3 = mma_s8(t0, t1, t2, t3, a0, a1, a2, a3, c0, c1, NUM_WARPS)
-        sync_warp(lane)
-        stage_slots(k_head, step, k_pieces, lane, k_buffer, K_WORDS, RAW)
-
-        x0 = (s0 * 128 + t0).to(tl.float32) * (k_scale_u * q_scale[0])
-        x1 = (s1 * 128 + t1).to(tl.float32) * (k_scale_u * q_scale[1])
-        x2 = (s2 * 128 + t2).to(tl.float32) * (k_scale_v * q_scale[0])
-        x3 = (s3 * 128 + t3).to(tl.float32) * (k_scale_v * q_scale[1])
-        if HAS_MASK:
-            keep_u0 = keep_u0 & (seen_u0 != 0)
-            keep_u1 = keep_u1 & (seen_u1 != 0)
-            keep_v0 = keep_v0 & (seen_v0 != 0)
-            keep_v1 = keep_v1 & (seen_v1 != 0)
-        scores = (
-            tl.where(keep_u0, x0, float("-inf")),
-            tl.where(keep_u1, x1, float("-inf")),
-            tl.where(keep_v0, x2, float("-inf")),
-            tl.where(keep_v1, x3, float("-inf")),
-        )
-        wait_older_copies(lane)
-        v_scale_u, y_u = open_slot(v_stream_u, j, V_END, WALL_UNIT, GAIN)
-        v_scale_v, y_v = open_slot(v_stream_v, j, V_END, WALL_UNIT, GAIN)
-        weights, state, totals = _weigh(scores, v_scale_u, v_scale_v, state, totals, NUM_WARPS, BLOCKS)
-        p0 = transpose(pack_halves(weights[0], weights[1], tl.float16), NUM_WARPS)
-        p1 = transpose(pack_halves(weights[2], weights[3], tl.float16), NUM_WARPS)
-        updated = ()
-        for g in tl.static_range(GROUPS):
-            raw_u = slot_raw(v_raw_u, g, j, K, GROUPS)
-            raw_v = slot_raw(v_raw_v, g, j, K, GROUPS)
-            signs_u = restore_signs(raw_u, K, "e8")
-            signs_v = restore_signs(raw_v, K, "e8")
-            for v in tl.static_range(4):
-                e0, e1, y_u = slot_quads(y_u, odd, table, LENGTH_PLACE)
-                f0, f1, y_v = slot_quads(y_v, odd, table, LENGTH_PLACE)
-                codes_u = decode_vector(e0, e1, v, signs_u, raw_u, K, SHIFT, "e8", BIASED=True)
-                codes_v = decode_vector(f0, f1, v, signs_v, raw_v, K, SHIFT, "e8", BIASED=True)
-                for half in tl.static_range(2):
-                    turned_u = transpose(codes_u[half], NUM_WARPS)
-                    turned_v = transpose(codes_v[half], NUM_WARPS)
-                    updated = updated + mma_16bit(
-                        totals[32 * g + 8 * v + 4 * half],
-                        totals[32 * g + 8 * v + 4 * half + 1],
-                        totals[32 * g + 8 * v + 4 * half + 2],
-                        totals[32 * g + 8 * v + 4 * half + 3],
-                        biased_to_half(turned_u, 0),
-                        biased_to_half(turned_u, 1),
-                        biased_to_half(turned_v, 0),
-                        biased_to_half(turned_v, 1),
-                        p0,
-                        p1,
-                        tl.float16,
-                        NUM_WARPS,
-                    )
-        totals = updated
-        sync_warp(lane)
-        stage_slots(v_head, step, v_pieces, lane, v_buffer, V_WORDS, RAW)
-
-    if PDL:
-        gdc_launch_dependents()
-    # a warp's 16 tokens of all programs' warps in turn
-    exact_rounds = (sinks + window + 16 * NUM_WARPS - 1) // (16 * NUM_WARPS)
-    for index in range(active - 1 - part, exact_rounds, active):
+    # while the tables and the first slots are on their way
+    for index in range(part, exact_rounds, active):
         state, totals = _exact_step(
             (index * NUM_WARPS + warp) * 16 + r,
             k_exact_ptr,
@@ -559,6 +478,122 @@ def attention_kernel(
             NUM_WARPS,
         )
 
+    if TWO_CODES:
+        k_table = base + _BUFFERS
+        v_table = base + (_BUFFERS + 16384)
+    else:
+        k_table = base + _BUFFERS + odd * 16384
+        v_table = k_table
+    wait_copies(lane)
+    tl.debug_barrier()
+
+    k_raw_u = raw_address(k_buffer, r, K_WORDS, K_RAW)
+    k_raw_v = raw_address(k_buffer, r + 8, K_WORDS, K_RAW)
+    k_stream_u = stream_address(k_buffer, r, K_WORDS, K_RAW)
+    k_stream_v = stream_address(k_buffer, r + 8, K_WORDS, K_RAW)
+    v_raw_u = raw_address(v_buffer, r, V_WORDS, V_RAW)
+    v_raw_v = raw_address(v_buffer, r + 8, V_WORDS, V_RAW)
+    v_stream_u = stream_address(v_buffer, r, V_WORDS, V_RAW)
+    v_stream_v = stream_address(v_buffer, r + 8, V_WORDS, V_RAW)
+
+    for _ in range(rounds):
+        token = step * 16 + r
+        keep_u0 = _between(token, first_0, counts[0])
+        keep_u1 = _between(token, first_1, counts[1])
+        keep_v0 = _between(token + 8, first_0, counts[0])
+        keep_v1 = _between(token + 8, first_1, counts[1])
+        if HAS_MASK:
+            # under way while K is decoded
+            token_u = tl.minimum(token, last_token)
+            token_v = tl.minimum(token + 8, last_token)
+            seen_u0 = tl.load(mask_ptr + mask_rows[0] + token_u)
+            seen_u1 = tl.load(mask_ptr + mask_rows[1] + token_u)
+            seen_v0 = tl.load(mask_ptr + mask_rows[0] + token_v)
+            seen_v1 = tl.load(mask_ptr + mask_rows[1] + token_v)
+        step += NUM_WARPS
+
+        wait_older_copies(lane)
+        k_scale_u, y_u = open_slot(k_stream_u, j, K_END, WALL_UNIT, K_GAIN)
+        k_scale_v, y_v = open_slot(k_stream_v, j, K_END, WALL_UNIT, K_GAIN)
+        s0 = lane * 0
+        s1 = lane * 0
+        s2 = lane * 0
+        s3 = lane * 0
+        t0 = lane * 0
+        t1 = lane * 0
+        t2 = lane * 0
+        t3 = lane * 0
+        for g in tl.static_range(GROUPS):
+            raw_u = slot_raw(k_raw_u, g, j, K_RICE, GROUPS)
+            raw_v = slot_raw(k_raw_v, g, j, K_RICE, GROUPS)
+            signs_u = restore_signs(raw_u, K_RICE, "e8")
+            signs_v = restore_signs(raw_v, K_RICE, "e8")
+            for v in tl.static_range(4):
+                e0, e1, y_u = slot_quads(y_u, odd, k_table, K_PLACE, TWO_CODES)
+                f0, f1, y_v = slot_quads(y_v, odd, k_table, K_PLACE, TWO_CODES)
+                a0, a2 = decode_vector(e0, e1, v, signs_u, raw_u, K_RICE, K_SHIFT, "e8")
+                a1, a3 = decode_vector(f0, f1, v, signs_v, raw_v, K_RICE, K_SHIFT, "e8")
+                b0, b1, c0, c1 = q_high[8 * g + 2 * v], q_high[8 * g + 2 * v + 1], q_low[8 * g + 2 * v], q_low[8 * g + 2 * v + 1]
+                s0, s1, s2, s3 = mma_s8(s0, s1, s2, s3, a0, a1, a2, a3, b0, b1, NUM_WARPS)
+                t0, t1, t2, t3 = mma_s8(t0, t1, t2, t3, a0, a1, a2, a3, c0, c1, NUM_WARPS)
+        sync_warp(lane)
+        stage_slots(k_head, step, k_pieces, lane, k_buffer, K_WORDS, K_RAW)
+
+        x0 = (s0 * 128 + t0).to(tl.float32) * (k_scale_u * q_scale[0])
+        x1 = (s1 * 128 + t1).to(tl.float32) * (k_scale_u * q_scale[1])
+        x2 = (s2 * 128 + t2).to(tl.float32) * (k_scale_v * q_scale[0])
+        x3 = (s3 * 128 + t3).to(tl.float32) * (k_scale_v * q_scale[1])
+        if HAS_MASK:
+            keep_u0 = keep_u0 & (seen_u0 != 0)
+            keep_u1 = keep_u1 & (seen_u1 != 0)
+            keep_v0 = keep_v0 & (seen_v0 != 0)
+            keep_v1 = keep_v1 & (seen_v1 != 0)
+        scores = (
+            tl.where(keep_u0, x0, float("-inf")),
+            tl.where(keep_u1, x1, float("-inf")),
+            tl.where(keep_v0, x2, float("-inf")),
+            tl.where(keep_v1, x3, float("-inf")),
+        )
+        wait_older_copies(lane)
+        v_scale_u, y_u = open_slot(v_stream_u, j, V_END, WALL_UNIT, V_GAIN)
+        v_scale_v, y_v = open_slot(v_stream_v, j, V_END, WALL_UNIT, V_GAIN)
+        weights, state, totals = _weigh(scores, v_scale_u, v_scale_v, state, totals, NUM_WARPS, BLOCKS)
+        p0 = transpose(pack_halves(weights[0], weights[1], tl.float16), NUM_WARPS)
+        p1 = transpose(pack_halves(weights[2], weights[3], tl.float16), NUM_WARPS)
+        updated = ()
+        for g in tl.static_range(GROUPS):
+            raw_u = slot_raw(v_raw_u, g, j, V_RICE, GROUPS)
+            raw_v = slot_raw(v_raw_v, g, j, V_RICE, GROUPS)
+            signs_u = restore_signs(raw_u, V_RICE, "e8")
+            signs_v = restore_signs(raw_v, V_RICE, "e8")
+            for v in tl.static_range(4):
+                e0, e1, y_u = slot_quads(y_u, odd, v_table, V_PLACE, TWO_CODES)
+                f0, f1, y_v = slot_quads(y_v, odd, v_table, V_PLACE, TWO_CODES)
+                codes_u = decode_vector(e0, e1, v, signs_u, raw_u, V_RICE, V_SHIFT, "e8", BIASED=True)
+                codes_v = decode_vector(f0, f1, v, signs_v, raw_v, V_RICE, V_SHIFT, "e8", BIASED=True)
+                for half in tl.static_range(2):
+                    turned_u = transpose(codes_u[half], NUM_WARPS)
+                    turned_v = transpose(codes_v[half], NUM_WARPS)
+                    updated = updated + mma_16bit(
+                        totals[32 * g + 8 * v + 4 * half],
+                        totals[32 * g + 8 * v + 4 * half + 1],
+                        totals[32 * g + 8 * v + 4 * half + 2],
+                        totals[32 * g + 8 * v + 4 * half + 3],
+                        biased_to_half(turned_u, 0),
+                        biased_to_half(turned_u, 1),
+                        biased_to_half(turned_v, 0),
+                        biased_to_half(turned_v, 1),
+                        p0,
+                        p1,
+                        tl.float16,
+                        NUM_WARPS,
+                    )
+        totals = updated
+        sync_warp(lane)
+        stage_slots(v_head, step, v_pieces, lane, v_buffer, V_WORDS, V_RAW)
+
+    if PDL:
+        gdc_launch_dependents()
     # merge the warps where their buffers and tables were
     wait_copies(lane)
     tl.debug_barrier()
@@ -574,102 +609,78 @@ def attention_kernel(
     store_shared(own + 8, state[1].to(tl.int32, bitcast=True))
     store_shared(own + 12, column_sum(state[3], NUM_WARPS).to(tl.int32, bitcast=True))
     tl.debug_barrier()
-    for i in tl.static_range(8 * TILE // (32 * NUM_WARPS)):
-        index = i * (32 * NUM_WARPS) + thread
-        c = index // TILE
-        d = index % TILE
+    for turn in tl.static_range(8 // NUM_WARPS if NUM_WARPS < 8 else 1):
+        # a warp takes a column
+        c = turn * NUM_WARPS + warp
         largest = tl.full([32 * NUM_WARPS], _NEVER, tl.float32)
         for w in tl.static_range(NUM_WARPS):
             largest = tl.maximum(largest, load_shared(states + (w * 64 + c * 8)).to(tl.float32, bitcast=True))
-        total = tl.zeros([32 * NUM_WARPS], tl.float32)
+        shares = ()
         norm = tl.zeros([32 * NUM_WARPS], tl.float32)
         for w in tl.static_range(NUM_WARPS):
             share = tl.exp2(load_shared(states + (w * 64 + c * 8)).to(tl.float32, bitcast=True) - largest)
             norm += share * load_shared(states + (w * 64 + c * 8 + 4)).to(tl.float32, bitcast=True)
-            total += share * load_shared(base + (w * 8 * TILE + index) * 4).to(tl.float32, bitcast=True)
+            shares = shares + (share,)
         c_all = tl.program_id(2) * 8 + c
         sub = c_all // group % JOIN
         real = (c_all < queries * JOIN * group) & (h * JOIN + sub < kv_heads)
+        part_row = ((unit * tl.num_programs(2) + tl.program_id(2)) * tl.num_programs(1) + part) * 8 + c
+        out_row = (((b * kv_heads + h * JOIN + sub) * group + c_all % group) * queries + c_all // (JOIN * group)).to(tl.int64)
+        for i in tl.static_range(TILE // 32):
+            d = i * 32 + lane
+            total = tl.zeros([32 * NUM_WARPS], tl.float32)
+            for w in tl.static_range(NUM_WARPS):
+                total += shares[w] * load_shared(base + ((w * 8 + c) * TILE + d) * 4).to(tl.float32, bitcast=True)
+            if SPLIT:
+                tl.store(partial_ptr + part_row.to(tl.int64) * TILE + d, total, mask=real)
+            else:
+                place = d - sub * HEAD_DIM
+                mask = real & (place >= 0) & (place < HEAD_DIM)
+                value = total / tl.where(norm > 0, norm, 1.0)
+                tl.store(out_ptr + out_row * HEAD_DIM + place, value.to(out_ptr.dtype.element_ty), mask=mask)
         if SPLIT:
-            row = ((unit * tl.num_programs(2) + tl.program_id(2)) * tl.num_programs(1) + part) * 8 + c
-            tl.store(partial_ptr + row.to(tl.int64) * TILE + d, total, mask=real)
-            tl.store(state_ptr + row * 2, largest, mask=real & (d == 0))
-            tl.store(state_ptr + row * 2 + 1, norm, mask=real & (d == 0))
-        else:
-            head = (b * kv_heads + h * JOIN + sub) * group + c_all % group
-            place = d - sub * HEAD_DIM
-            mask = real & (place >= 0) & (place < HEAD_DIM)
-            value = total / tl.where(norm > 0, norm, 1.0)
-            row = (head * queries + c_all // (JOIN * group)).to(tl.int64)
-            tl.store(out_ptr + row * HEAD_DIM + place, value.to(out_ptr.dtype.element_ty), mask=mask)
+            tl.store(state_ptr + part_row * 2, largest, mask=real & (lane == 0))
+            tl.store(state_ptr + part_row * 2 + 1, norm, mask=real & (lane == 0))
 
 
-@triton.jit(
-    do_not_specialize=[
-        "queries",
-        "group",
-        "heads",
-        "kv_heads",
-        "max_tokens",
-        "sinks",
-        "window",
-        "sliding_window",
-        "splits",
-        "column_blocks",
-    ]
-)
+@triton.jit(do_not_specialize=["queries", "group", "heads", "kv_heads", "splits", "column_blocks"])
 def combine_kernel(
     partial_ptr,  # [B * heads, column_blocks, splits, 8, TILE] fp32
     state_ptr,  # [B * heads, column_blocks, splits, 8, 2] fp32
-    length_ptr,  # [1] int64
-    start_ptr,  # [B] int64 if HAS_START
     out_ptr,  # [B, kv_heads * group, queries, HEAD_DIM]
     queries,
     group,
     heads,
     kv_heads,
-    max_tokens,
-    sinks,
-    window,
-    sliding_window,
     splits,
     column_blocks,
     TILE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     JOIN: tl.constexpr,
-    HAS_START: tl.constexpr,
-    NUM_WARPS: tl.constexpr,
     STEP: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program (i, c): column c of head i of slots, from the parts that `attention_kernel` took."""
     if PDL:
+        gdc_launch_dependents()
         gdc_wait()
     unit = tl.program_id(0)
     column = tl.program_id(1)
     b = unit // heads
     h = unit % heads
-    length = tl.load(length_ptr).to(tl.int32)
-    seen_first = 0
-    if HAS_START:
-        seen_first = tl.maximum(tl.load(start_ptr + b).to(tl.int32), 0)
-    if sliding_window > 0:
-        seen_first = tl.maximum(seen_first, length - queries - sliding_window + 1)
-    coded_end = tl.minimum(length - window, max_tokens)
-    steps = tl.maximum((coded_end + 15) // 16 - tl.maximum(sinks, seen_first) // 16, 0)
-    active = tl.minimum(tl.maximum((steps + NUM_WARPS - 1) // NUM_WARPS, 1), splits)
-
     d = tl.arange(0, TILE)
     total = tl.zeros([TILE], tl.float32)
     norm = 0.0
     largest = _NEVER
-    for first in range(0, active, STEP):
+    for first in range(0, splits, STEP):
         p = first + tl.arange(0, STEP)
         row = ((unit * column_blocks + column // 8) * splits + p) * 8 + column % 8
-        mask = p < active
+        mask = p < splits
         m = tl.load(state_ptr + row * 2, mask=mask, other=_NEVER)
         part_norm = tl.load(state_ptr + row * 2 + 1, mask=mask, other=0.0)
+        # on their way before it is known which of them were written
         parts = tl.load(partial_ptr + row.to(tl.int64)[:, None] * TILE + d[None, :], mask=mask[:, None], other=0.0)
+        parts = tl.where((m > _NEVER)[:, None], parts, 0.0)
         m_new = tl.maximum(largest, tl.max(m, 0))
         share = tl.exp2(m - m_new)
         before = tl.exp2(largest - m_new)

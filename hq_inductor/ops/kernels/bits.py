@@ -49,6 +49,15 @@ if INTERPRETED:
         return (a & mask) ^ b
 
     @triton.jit
+    def reverse_bits(x):
+        """Bit 0 becomes bit 31."""
+        x = (shift_right(x, 1) & 0x55555555) | ((x & 0x55555555) << 1)
+        x = (shift_right(x, 2) & 0x33333333) | ((x & 0x33333333) << 2)
+        x = (shift_right(x, 4) & 0x0F0F0F0F) | ((x & 0x0F0F0F0F) << 4)
+        x = (shift_right(x, 8) & 0x00FF00FF) | ((x & 0x00FF00FF) << 8)
+        return shift_right(x, 16) | (x << 16)
+
+    @triton.jit
     def parity(x):
         """Exclusive or of all bits."""
         x = x ^ shift_right(x, 16)
@@ -75,6 +84,10 @@ else:
     def and_xor(a, mask, b):
         # spelled out, or LLVM regroups a chain of these into more instructions
         return tl.inline_asm_elementwise("lop3.b32 $0, $1, $2, $3, 0x6a;", "=r,r,r,r", [a, mask, b], tl.int32, is_pure=True, pack=1)
+
+    @triton.jit
+    def reverse_bits(x):
+        return tl.inline_asm_elementwise("brev.b32 $0, $1;", "=r,r", [x], tl.int32, is_pure=True, pack=1)
 
     @triton.jit
     def parity(x):

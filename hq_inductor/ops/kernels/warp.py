@@ -73,6 +73,10 @@ if INTERPRETED:
         return (low & 0xFFFF) | (high << 16)
 
     @triton.jit
+    def pack_bytes(a, b, c, d):
+        return (a & 0xFF) | ((b & 0xFF) << 8) | ((c & 0xFF) << 16) | (d << 24)
+
+    @triton.jit
     def biased_to_half(x, i: tl.constexpr):
         low = ((x >> (8 * i)) & 0xFF) - 128
         high = ((x >> (16 + 8 * i)) & 0xFF) - 128
@@ -153,6 +157,18 @@ else:
             return tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], tl.int32, is_pure=True, pack=1)
         else:
             return tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], tl.int32, is_pure=True, pack=1)
+
+    @triton.jit
+    def pack_bytes(a, b, c, d):
+        """The lowest bytes of four registers, that of `a` lowest."""
+        return tl.inline_asm_elementwise(
+            "{.reg .b32 t, u; prmt.b32 t, $1, $2, 0x0040; prmt.b32 u, $3, $4, 0x0040; prmt.b32 $0, t, u, 0x5410;}",
+            "=r,r,r,r,r",
+            [a, b, c, d],
+            tl.int32,
+            is_pure=True,
+            pack=1,
+        )
 
     @triton.jit
     def biased_to_half(x, i: tl.constexpr):

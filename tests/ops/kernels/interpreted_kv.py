@@ -11,13 +11,14 @@ from hq_inductor.format.rice import decode_tiles, encode_tiles
 from hq_inductor.ops.fused_kv import AttentionLaunch, attend, store
 from tests.kv_reference import attend_ref, decode_slots, encode_slots, random_cache
 
-# bps, head_dim, tile, batch, slots, group, queries, max_tokens, length, sinks, window, sliding, start, mask, dtype, corrupt, launch
+# bps (of keys and of values), head_dim, tile, batch, slots, group, queries, max_tokens, length, sinks, window, sliding, start, mask, dtype,
+# corrupt, launch
 ATTENTION = [
     (4.0, 128, 128, 2, 1, 4, 1, 96, 90, 4, 16, 0, True, False, torch.bfloat16, True, AttentionLaunch(2, 1)),
     (2.0, 128, 128, 1, 1, 8, 1, 64, 60, 4, 12, 0, False, False, torch.float16, False, AttentionLaunch(1, 2)),
-    (3.0, 128, 128, 1, 1, 3, 3, 44, 44, 3, 1, 0, False, True, torch.bfloat16, False, AttentionLaunch(1, 4)),
+    ((3.0, 2.0), 128, 128, 1, 1, 3, 3, 44, 44, 3, 1, 0, False, True, torch.bfloat16, False, AttentionLaunch(1, 4)),
     (2.5, 64, 128, 1, 1, 2, 2, 48, 40, 0, 8, 0, False, False, torch.bfloat16, False, AttentionLaunch(2, 1)),
-    (3.5, 128, 128, 1, 1, 4, 2, 48, 48, 4, 8, 24, False, False, torch.float16, False, AttentionLaunch(1, 1)),
+    ((3.5, 4.0), 128, 128, 1, 1, 4, 2, 48, 48, 4, 8, 24, False, False, torch.float16, False, AttentionLaunch(1, 1)),
     (5.0, 128, 128, 1, 1, 4, 1, 32, 20, 0, 0, 0, False, False, torch.bfloat16, False, AttentionLaunch(1, 1)),
     (4.0, 256, 256, 1, 1, 2, 1, 40, 40, 4, 20, 0, False, False, torch.bfloat16, False, AttentionLaunch(1, 1)),
     (4.0, 128, 128, 1, 1, 4, 2, 64, 3, 4, 16, 0, False, False, torch.bfloat16, False, AttentionLaunch(1, 2)),
@@ -27,13 +28,13 @@ ATTENTION = [
 def check_attention(
     bps, head_dim, tile, batch, heads, group, queries, max_tokens, length, sinks, window, sliding, start, mask, dtype, corrupt, launch
 ):
-    layout = TileLayout("e8", tile, int(8 * bps), int(tile * bps) // 32)
-    cache = random_cache(layout, head_dim, batch, heads, max_tokens, length, sinks, window, dtype)
+    layouts = [TileLayout("e8", tile, int(8 * b), int(tile * b) // 32) for b in (bps if isinstance(bps, tuple) else (bps, bps))]
+    cache = random_cache(layouts, head_dim, batch, heads, max_tokens, length, sinks, window, dtype)
     kv_heads = heads * (tile // head_dim)
     query = torch.randn(batch, kv_heads * group, queries, head_dim).mul_(3).to(dtype)
     start = torch.randint(0, length // 2, (batch,)) if start else None
     mask = torch.rand(batch, 1, queries, max_tokens) < 0.8 if mask else None
-    arguments = (query, *cache, torch.tensor([length]), start, mask, head_dim**-0.5, sinks, window, sliding, layout, layout)
+    arguments = (query, *cache, torch.tensor([length]), start, mask, head_dim**-0.5, sinks, window, sliding, *layouts)
     expected = attend_ref(*arguments)
     found = attend(*arguments, launch)
     assert found.shape == query.shape and found.dtype == dtype

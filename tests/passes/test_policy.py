@@ -1,0 +1,73 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import fx
+from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from hq_inductor.ops.launch import FUSED_BATCH
+from hq_inductor.passes import PassConfig
+from hq_inductor.passes.linear_node import LinearNode
+from hq_inductor.passes.pipeline import rewrite
+from hq_inductor.passes.policy import why_not
+
+NAMES = ("fuse_norm", "fuse_gate", "fuse_residual")
+
+
+def linear(*leading, device="cuda", dtype=torch.bfloat16, mma="auto"):
+    """A layer that reads activations `[*leading, 128]`; None is a size that is not known."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    with mode:
+        sizes = [mode.shape_env.create_unbacked_symint() if size is None else size for size in leading]
+        value = torch.empty((*sizes, 128), dtype=dtype, device=device)
+    node = fx.Graph().placeholder("x")
+    node.meta["val"] = value
+    return LinearNode(node, node, (node,), None, (None,), "e8", 128, (32,), 0, mma)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_auto_is_where_the_fused_kernel_runs(name):
+    auto = PassConfig()
+    assert why_not(name, linear(1, 1), auto) is None
+    assert why_not(name, linear(2, FUSED_BATCH // 2), auto) is None
+    assert why_not(name, linear(None, 1), auto) is None  # may be small
+    assert why_not(name, linear(1, dtype=torch.float32, mma="int8"), auto) is None
+    assert "4096 rows" in why_not(name, linear(1, 4096), auto)
+    assert "float32" in why_not(name, linear(1, dtype=torch.float32), auto)
+    assert "mma='fp8'" in why_not(name, linear(1, mma="fp8"), auto)
+    assert why_not(name, linear(1, device="cpu"), auto) == "does not pay on cpu"
+
+
+@pytest.mark.parametrize("name", (*NAMES, "merge_siblings"))
+def test_switches(name):
+    for layer in (linear(1), linear(1, 4096), linear(1, device="cpu")):
+        assert why_not(name, layer, PassConfig(**{name: True})) is None
+        assert why_not(name, layer, PassConfig(**{name: False})) == "switched off"
+
+
+def test_merging_always_pays():
+    assert all(why_not("merge_siblings", layer, PassConfig()) is None for layer in (linear(1), linear(1, 4096), linear(1, device="cpu")))
+
+
+@pytest.mark.parametrize(("rows", "small"), [(1, True), (FUSED_BATCH, True), (FUSED_BATCH + 1, False)])
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_default_rewrites_of_a_cuda_graph(rows, small, norm):
+    """As Inductor decomposes it for CUDA, traced without a device."""
+    linear = torch.ops.hyperquant.rice_linear
+
+    def forward(x, weight, gate, up, down):
+        if norm == "rms":
+            wide = x.float()
+            h = weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+        else:
+            h = F.layer_norm(x, (128,), weight, weight)
+        gated = F.silu(linear(h, gate, None, None, "e8", 128, 32, 0)) * linear(h, up, None, None, "e8", 128, 32, 0)
+        return x + linear(gated, down, None, None, "e8", 128, 32, 0)
+
+    with FakeTensorMode(), torch.no_grad():
+        x, weight = (torch.empty(*shape, dtype=torch.bfloat16, device="cuda") for shape in ((rows, 128), (128,)))
+        words = [torch.empty(n, tiles, 16, dtype=torch.int32, device="cuda") for n, tiles in ((256, 1), (256, 1), (128, 2))]
+        gm = make_fx(forward, decomposition_table=select_decomp_table())(x, weight, *words)
+    assert rewrite(gm).made == dict.fromkeys(["merge_siblings", *(NAMES if small else ())], 1)

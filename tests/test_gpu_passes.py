@@ -1,0 +1,83 @@
+"""On a CUDA device: the fused op against its layers one by one, and rewritten graphs against those that are not."""
+
+import pytest
+import torch
+
+from hq_inductor import HyperQuantTensor
+from hq_inductor.ops.prologue import GATES, NORMS, PROLOGUES, Prologue
+
+from .passes.graphs import ALL, NONE, Compiled, LlamaBlock, quantized
+from .test_gpu import _poison_new_memory  # noqa: F401  (a fixture)
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+ops = torch.ops.hyperquant
+FEATURES = 1000  # the last tile is padded
+
+
+def cuda(*shape):
+    return torch.randn(shape, device="cuda").to(torch.bfloat16)
+
+
+def close(found, expected):
+    """Up to roundings of activations, weights' products and results to the next bf16, int8 or e4m3."""
+    assert found.shape == expected.shape and found.isfinite().all()
+    assert (found.double() - expected.double()).norm() / expected.double().norm() < 2e-2
+
+
+@pytest.mark.parametrize(
+    ("name", "mma"),
+    [*((name, "auto") for name in PROLOGUES), *(("rms_norm_cast", mma) for mma in ("int8", "fp8", "bf16", "nvfp4")), ("silu_mul", "fp8")],
+)
+def test_fused_op_equals_its_layers(name, mma):
+    weights = [
+        HyperQuantTensor.from_hp(torch.randn(n, FEATURES, device="cuda"), bps=bps, tile=512) for n, bps in ((100, 4), (64, 4), (44, 3))
+    ]
+    scale = torch.rand(FEATURES, device="cuda").add_(0.5).to(torch.bfloat16)
+    bias = [cuda(100), None, torch.randn(44, device="cuda")]
+    first = weights[0]
+    for batch in (1, 5, 40, 300):
+        x, gate = cuda(batch, FEATURES) + 1, cuda(batch, 2 * FEATURES)[:, FEATURES:] if name in GATES else None
+        gain, shift = cuda(FEATURES) if name in NORMS else None, cuda(FEATURES) if name == "layer_norm" else None
+        activations = Prologue(name, gate, gain, shift, 1e-5).apply(x)
+        expected = [
+            ops.rice_linear(activations, w.qdata, scale, b, w.lattice, w.tile, w.code, w.seed, mma)
+            for w, b in zip(weights, bias, strict=True)
+        ]
+        around = (gate, gain, shift)
+        layout = (first.lattice, first.tile, [w.code for w in weights], first.seed, mma)
+        close(ops.rice_linear_fused(x, [w.qdata for w in weights], scale, bias, *around, None, name, 1e-5, *layout), torch.cat(expected, 1))
+        residual = cuda(batch, 128)[:, :100]
+        layout = (first.lattice, first.tile, [first.code], first.seed, mma)
+        found = ops.rice_linear_fused(x, [first.qdata], scale, bias[:1], *around, residual, name, 1e-5, *layout)
+        close(found, expected[0] + residual)
+
+
+def kernels(model, x) -> int:
+    """Kernels that one call launches."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        model(x)
+        torch.cuda.synchronize()
+    kinds = [event.device_type for event in profile.events() if "Memcpy" not in event.name and "Memset" not in event.name]
+    return kinds.count(torch.autograd.DeviceType.CUDA)
+
+
+def test_rewritten_llama_block():
+    """By default, everything is rewritten for one token: fewer kernels, the same numbers."""
+    torch.use_deterministic_algorithms(False)
+    model = quantized(LlamaBlock(), torch.bfloat16).cuda()
+    x = cuda(1, 1, 128)
+    rewritten, plain = Compiled(model, x, codegen=True), Compiled(model, x, codegen=True, **NONE)
+    assert rewritten.report.made == {"merge_siblings": 2, "fuse_norm": 2, "fuse_gate": 1, "fuse_residual": 2}
+    close(rewritten.out, plain.out)
+    with torch.no_grad():
+        assert kernels(rewritten.model, x) < kernels(plain.model, x)
+
+
+def test_one_graph_for_decode_and_prefill():
+    torch.use_deterministic_algorithms(False)
+    model = quantized(LlamaBlock(), torch.bfloat16).cuda()
+    compiled = Compiled(model, cuda(2, 3, 128), codegen=True, dynamic=True, **ALL)
+    with torch.no_grad(), torch.compiler.set_stance("fail_on_recompile"):
+        for shape in ((2, 5), (9, 4), (3, 170)):
+            x = cuda(*shape, 128)
+            close(compiled.model(x), model(x))
