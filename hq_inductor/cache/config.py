@@ -15,7 +15,7 @@ class KVConfig:
     """How keys and values are stored.
 
     Args:
-        k_bps, v_bps: bits per value, everything in the slots included; a multiple of 1/8 from 1.75 to 6. The same rate for both is faster.
+        k_bps, v_bps: bits per value, everything in the slots included; a multiple of 1/8 from 1.75 (e8) or 2 to 6.
         lattice: one of `"e8"`, `"d4"`, `"a2"`, `"z"`.
         rotation: `"haar"`, `"hadamard"` or `"none"` (`hq_inductor.format.rotation`).
         window: newest tokens that are also kept exact.
