@@ -194,16 +194,24 @@ class QuantizedKV:
         return torch.ops.hyperquant.kv_load(words, self.head_dim, tile.lattice, tile.tile, tile.code, dtype, self.config.dither, seed)
 
     @torch.no_grad()
+    def _dequantize(
+        self, words: torch.Tensor, exact: torch.Tensor, layout: KVLayout, rotation: torch.Tensor | None, seed: int
+    ) -> torch.Tensor:
+        states = merge_exact(self._load(words, layout, seed), exact, self.length, self.config.sinks, self.config.window)
+        return rotate(states, None if rotation is None else rotation.t())
+
+    def keys(self) -> torch.Tensor:
+        """Keys of all positions, not rotated, `[B, kv_heads, max_tokens, head_dim]`; those beyond `length` are arbitrary."""
+        keys = self._dequantize(self.k_words, self.k_exact, self.k_layout, self.k_rotation, self.k_seed)
+        return (keys + self.k_offset).to(keys.dtype)
+
+    def values(self) -> torch.Tensor:
+        """Values of all positions, as `keys`."""
+        return self._dequantize(self.v_words, self.v_exact, self.v_layout, self.v_rotation, self.v_seed)
+
     def dequantize(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of all positions, not rotated, `[B, kv_heads, max_tokens, head_dim]`; those beyond `length` are arbitrary."""
-        out = []
-        for words, exact, layout, rotation, seed in (
-            (self.k_words, self.k_exact, self.k_layout, self.k_rotation, self.k_seed),
-            (self.v_words, self.v_exact, self.v_layout, self.v_rotation, self.v_seed),
-        ):
-            states = merge_exact(self._load(words, layout, seed), exact, self.length, self.config.sinks, self.config.window)
-            out.append(rotate(states, None if rotation is None else rotation.t()))
-        return (out[0] + self.k_offset).to(out[0].dtype), out[1]
+        """`keys()` and `values()`."""
+        return self.keys(), self.values()
 
     @torch.no_grad()
     def crop(self, tokens: int) -> None:
