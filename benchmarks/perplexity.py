@@ -8,8 +8,9 @@ but the output head are quantized (`--head` includes it), by ours and by the pee
 decoder gets back from the packed words; the model then runs in float32.
 
 Variants of ours: `plain` as `hyperquant_weight(bps)` does it, `balanced` after `balance_columns`, `mixed` with `allocate_rates` on top,
-both on eight windows between the measured ones. `--arithmetic` also quantizes activations, in the rotated domain, as matrix units
-with that format would (per token for int8 and fp8; nvfp4 and mxfp4 in blocks, weights re-quantized too).
+`feedback` with `measure_moments` on top of `balanced`; all but `plain` see eight windows between the measured ones. `--arithmetic` also
+quantizes activations, in the rotated domain, as matrix units with that format would (per token for int8 and fp8; nvfp4 and mxfp4 in
+blocks, weights re-quantized too).
 
 Prints a table and writes `perplexity.json` and `perplexity.png` to `--output`. Logits of the unquantized model stay in memory (4 bytes x
 tokens x vocabulary).
@@ -35,10 +36,10 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from hq_inductor import HyperQuantLinear, allocate_rates, balance_columns, hyperquant_weight, quantization_report
+from hq_inductor import HyperQuantLinear, allocate_rates, balance_columns, hyperquant_weight, measure_moments, quantization_report
 from hq_inductor.format.hadamard import hadamard_block, hadamard_ref
 
-VARIANTS = ("plain", "balanced", "mixed")
+VARIANTS = ("plain", "balanced", "mixed", "feedback")
 CALIBRATION_WINDOWS = 8
 
 
@@ -132,6 +133,8 @@ def ours(names: list[str], calibration: list[torch.Tensor], variant: str, arithm
     def apply(model: nn.Module) -> float:
         if variant != "plain":
             balance_columns(model, calibration, chosen)
+        if variant == "feedback":
+            measure_moments(model, calibration, chosen)
         if variant == "mixed":
             quantize_(model, allocate_rates(model, batches=calibration, filter_fn=chosen, **arguments), filter_fn=None)
         else:
@@ -256,7 +259,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="windows per forward pass (default 8)")
     parser.add_argument("--bps", type=float, nargs="+", default=[2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0], help="our rates")
     parser.add_argument("--lattices", nargs="+", default=["e8"], help="our lattices (default e8)")
-    parser.add_argument("--variants", nargs="+", default=["plain", "balanced", "mixed"], choices=VARIANTS)
+    parser.add_argument("--variants", nargs="+", default=["plain", "balanced", "mixed", "feedback"], choices=VARIANTS)
     parser.add_argument("--arithmetic", nargs="+", default=["float"], choices=ARITHMETIC, help="formats of activations (default float)")
     parser.add_argument("--effort", type=int, default=1, help="encoder's effort, 0 to 2 (default 1)")
     parser.add_argument("--no-peers", action="store_true", help="measure ours only")

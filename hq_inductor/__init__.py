@@ -6,6 +6,7 @@ from .allocate import allocate_rates
 from .balance import BalancedGroup, balance_columns
 from .cache import KVConfig, QuantizedKV
 from .module import HyperQuantLinear
+from .moments import measure_moments
 from .quantize import HyperQuantWeightConfig, hyperquant_weight
 from .report import QuantizationReport, quantization_report
 from .tensor import HyperQuantTensor
@@ -23,6 +24,7 @@ __all__ = [
     "allocate_rates",
     "balance_columns",
     "hyperquant_weight",
+    "measure_moments",
     "ops",
     "passes",
     "quantization_report",

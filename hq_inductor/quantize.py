@@ -131,11 +131,14 @@ def _quantize_module(module: nn.Module, config: HyperQuantWeightConfig, *, param
     scale = getattr(module, "balance_scale", None)
     if scale is None and config.balance_columns:
         scale = column_scale(weight)
+    # from `hq_inductor.measure_moments`
+    moments = getattr(module, "input_moments", None)
     packed = HyperQuantTensor.from_hp(
-        weight, config.bps, config.lattice, config.tile, config.seed, scale, config.mma, config.effort, config.check_values
+        weight, config.bps, config.lattice, config.tile, config.seed, scale, config.mma, config.effort, config.check_values, moments
     )
-    if "balance_scale" in module._buffers:
-        del module.balance_scale
+    for name in ("balance_scale", "input_moments"):
+        if name in module._buffers:
+            delattr(module, name)
     if type(module) is nn.Linear and parameter_name == "weight" and packed.dim() == 2:
         return HyperQuantLinear.from_linear(module, packed)
     setattr(module, parameter_name, nn.Parameter(packed, requires_grad=False))

@@ -11,6 +11,7 @@ from torchao.utils import TorchAOBaseTensor
 from .format.hadamard import hadamard_block
 from .format.layout import FORMAT_VERSION, MAX_SCALE
 from .format.mma import check_mma
+from .format.quantizer import quantize_with_feedback
 from .format.rates import WeightLayout, weight_layout
 from .ops.registry import tile_layout
 
@@ -109,6 +110,7 @@ class HyperQuantTensor(TorchAOBaseTensor):
         mma: str = "auto",
         effort: int = 1,
         check_values: bool = True,
+        moments: torch.Tensor | None = None,
     ) -> HyperQuantTensor:
         """Quantize a weight.
 
@@ -123,15 +125,20 @@ class HyperQuantTensor(TorchAOBaseTensor):
             effort: 0 rounds to the nearest lattice point; 1 rounds by error and bits together, 0.1 to 0.5 dB better; 2 takes ten times as
                 long for another 0.05 dB. The decoder's work is the same.
             check_values: refuse NaN, inf and values too large; False is for memory that has no values yet.
+            moments: `[K, K]`, sum of `x x^T` over the layer's inputs, for a matrix only: coefficients make up for each other's rounding
+                errors where inputs are correlated (`hq_inductor.format.feedback`).
 
         Raises:
             TypeError: `hp_tensor` is not floating point.
-            ValueError: `hp_tensor` is not 2-D or 3-D, is empty, has NaN, inf or values too large; or another argument is out of range.
+            ValueError: `hp_tensor` is not 2-D or 3-D, is empty, has NaN, inf or values too large; or another argument is out of range;
+                or `moments` has another shape, or is not positive semidefinite.
 
         Note: K that is not a multiple of the tile is padded with zero columns, which count in `bits_per_weight`.
         """
         if not hp_tensor.dtype.is_floating_point:
             raise TypeError(f"weight must be floating point, got {hp_tensor.dtype}")
+        if hp_tensor.dim() == 3 and moments is not None:
+            raise ValueError("moments must be None for a stack of matrices")
         if hp_tensor.dim() == 3 and hp_tensor.numel():
             return cls.from_hp(hp_tensor.flatten(0, 1), bps, lattice, tile, seed, act_pre_scale, mma, effort, check_values).view(
                 hp_tensor.shape
@@ -147,10 +154,17 @@ class HyperQuantTensor(TorchAOBaseTensor):
                 raise ValueError(f"act_pre_scale must have shape ({columns},), got {tuple(act_pre_scale.shape)}")
             act_pre_scale = act_pre_scale.detach().to(torch.bfloat16)
             weight = weight / act_pre_scale.to(torch.float32)
+        if moments is not None:
+            if moments.shape != (columns, columns):
+                raise ValueError(f"moments must have shape ({columns}, {columns}), got {tuple(moments.shape)}")
+            moments = moments.detach().to(weight.device, torch.float32)
+            if act_pre_scale is not None:
+                scale = act_pre_scale.to(torch.float32)
+                moments = moments * scale * scale[:, None]
         if check_values:
             _check_values(weight)
         t = layout.tile
-        qdata = _encode(weight, layout, seed, effort)
+        qdata = _encode(weight, layout, seed, effort, moments)
         return cls(qdata, (rows, columns), float(bps), lattice, t.tile, t.code, seed, hp_tensor.dtype, mma=mma, act_pre_scale=act_pre_scale)
 
     def __tensor_flatten__(self):
@@ -233,11 +247,17 @@ def _check_values(weight: torch.Tensor) -> None:
         raise ValueError(f"weight values must be at most {limit:.3g} in magnitude, got {largest:.3g}")
 
 
-def _encode(weight: torch.Tensor, layout: WeightLayout, seed: int, effort: int) -> torch.Tensor:
+def _encode(weight: torch.Tensor, layout: WeightLayout, seed: int, effort: int, moments: torch.Tensor | None) -> torch.Tensor:
     ops, t = torch.ops.hyperquant, layout.tile
-    padded = F.pad(weight, (0, layout.padded_features - layout.in_features))
-    rotated = ops.hadamard(padded, hadamard_block(t.tile), seed, False)
-    codes, scale = ops.lattice_quantize(rotated, t.lattice, t.tile, t.code, t.words, layout.start_rms, effort)
+    block, padding = hadamard_block(t.tile), layout.padded_features - layout.in_features
+    rotated = ops.hadamard(F.pad(weight, (0, padding)), block, seed, False)
+    if moments is None:
+        codes, scale = ops.lattice_quantize(rotated, t.lattice, t.tile, t.code, t.words, layout.start_rms, effort)
+    else:
+        # both sides: R M R^T
+        half = ops.hadamard(F.pad(moments, (0, padding, 0, padding)), block, seed, False)
+        moments = ops.hadamard(half.t().contiguous(), block, seed, False)
+        codes, scale = quantize_with_feedback(rotated, moments, t, layout.start_rms, effort)
     return ops.rice_encode(codes, scale, t.lattice, t.tile, t.code, t.words)
 
 

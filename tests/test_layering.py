@@ -16,6 +16,7 @@ FLOORS = (
     "cache",
     "tensor",
     "balance",
+    "moments",
     "module",
     "quantize",
     "allocate",

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import torch
 
+from .feedback import Feedback, feedback_factors
 from .lattice import GRANULAR_ERROR, SQRT3, embed, nearest_point
 from .layout import SCALE_CODES, VECTOR, TileLayout, scale_from_code, scale_to_code
 from .on_device import on_device
@@ -52,7 +53,7 @@ def _limits(layout: TileLayout) -> tuple[float, ...]:
 
 
 def _try_scale(
-    x: torch.Tensor, scale_code: torch.Tensor, layout: TileLayout, price: torch.Tensor | None = None
+    x: torch.Tensor, scale_code: torch.Tensor, layout: TileLayout, price: torch.Tensor | None = None, feedback: Feedback | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Round tiles at a scale.
 
@@ -60,16 +61,21 @@ def _try_scale(
         x: `[n, tile]` fp32.
         scale_code: `[n]`.
         price: lambda by tile, `[n]` fp32; None rounds to the nearest point.
+        feedback: None rounds all vectors at once. Otherwise `x` has its drift already.
 
     Returns:
         Codes `[n, tile]` int8, whether they fit `[n]`, and the unused stream bits `[n]` (negative if too many).
     """
-    vectors = x / scale_from_code(scale_code)[:, None]
+    scale = scale_from_code(scale_code)[:, None]
+    vectors = x / scale
     limits = _limits(layout)
     limit = on_device(("limits", limits), lambda: torch.tensor(limits), x.device).repeat(x.shape[1] // len(limits))
     clipped = torch.minimum(torch.maximum(vectors, -limit), limit)
     overload = (vectors - clipped).square_().sum(-1)
-    if price is None:
+    if feedback is not None:
+        price = torch.zeros_like(scale) if price is None else price[:, None]
+        codes = feedback.round(x, scale, layout, price).unflatten(-1, (-1, VECTOR))
+    elif price is None:
         codes = nearest_point(clipped.unflatten(-1, (-1, VECTOR)), layout.lattice)
     else:
         codes = cheapest_point(vectors.unflatten(-1, (-1, VECTOR)), layout, price[:, None, None])
@@ -82,7 +88,7 @@ def _try_scale(
 
 
 def _finest_scale(
-    x: torch.Tensor, layout: TileLayout, start: torch.Tensor, price: torch.Tensor | None
+    x: torch.Tensor, layout: TileLayout, start: torch.Tensor, price: torch.Tensor | None, feedback: Feedback | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes `[n, tile]` at the finest scale found to fit, that scale's code `[n]` (`SCALE_CODES` if none), and the unused bits there."""
     codes = torch.zeros_like(x, dtype=torch.int8)
@@ -97,7 +103,8 @@ def _finest_scale(
             if rows.numel() == 0:
                 break
         g = trial[rows]
-        tried, fits, slack = _try_scale(x[rows], g, layout, None if price is None else price[rows])
+        prices, errors = None if price is None else price[rows], None if feedback is None else feedback.rows(rows)
+        tried, fits, slack = _try_scale(x[rows], g, layout, prices, errors)
         better = fits & (g < best[rows])
         codes[rows] = torch.where(better[:, None], tried, codes[rows])
         unused[rows] = torch.where(better, slack, unused[rows])
@@ -126,6 +133,7 @@ def _fill_budget(
     codes: torch.Tensor,
     unused: torch.Tensor,
     steps: int,
+    feedback: Feedback | None = None,
 ) -> torch.Tensor:
     """Spend the unused bits on a lower lambda at the same scale; tiles that do not fit then keep their codes.
 
@@ -135,27 +143,42 @@ def _fill_budget(
     low = torch.zeros_like(price)
     for _ in range(steps):
         lower = torch.maximum(price - unused * (unit / 2), (price + low) / 2)
-        tried, fits, slack = _try_scale(x, scale_code, layout, lower)
+        tried, fits, slack = _try_scale(x, scale_code, layout, lower, feedback)
         codes = torch.where(fits[:, None], tried, codes)
         unused = torch.where(fits, slack, unused)
         price, low = torch.where(fits, lower, price), torch.where(fits, low, lower)
     return codes
 
 
-def _squared_error(x: torch.Tensor, codes: torch.Tensor, layout: TileLayout) -> torch.Tensor:
-    """Of each tile at its least-squares scale, relative to what is the same for all codes: `-<x, e>^2 / <e, e>`."""
+def _fit(x: torch.Tensor, codes: torch.Tensor, layout: TileLayout, feedback: Feedback | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """`<x, e>` and `<e, e>` of each tile, e the embedded codes."""
     points = embed(codes, layout.lattice)
-    return -(x * points).sum(-1).square() / points.square().sum(-1).clamp(min=1.0)
+    if feedback is not None:
+        return feedback.fit(x, points)
+    return (x * points).sum(-1), points.square().sum(-1)
 
 
-def _optimised_codes(x: torch.Tensor, layout: TileLayout, start: torch.Tensor, factor: float, steps: int) -> torch.Tensor:
+def _squared_error(x: torch.Tensor, codes: torch.Tensor, layout: TileLayout, feedback: Feedback | None) -> torch.Tensor:
+    """Of each tile at its least-squares scale, relative to what is the same for all codes: `-<x, e>^2 / <e, e>`."""
+    product, energy = _fit(x, codes, layout, feedback)
+    return torch.where(energy > 0, -product.square() / energy, 0.0)
+
+
+def _optimised_codes(
+    x: torch.Tensor, layout: TileLayout, start: torch.Tensor, factor: float, steps: int, feedback: Feedback | None
+) -> torch.Tensor:
     """Codes at the finest scale for a lambda of `factor` granular errors, budget filled in `steps`."""
     price = torch.full_like(x[:, 0], factor * GRANULAR_ERROR[layout.lattice])
     codes, best, unused = _finest_scale(x, layout, start, price)
-    return _fill_budget(x, layout, best.clamp(max=SCALE_CODES - 1), price, codes, unused, steps)
+    if feedback is not None:
+        # the search without is fast and ends near
+        codes, best, unused = _finest_scale(x, layout, best.clamp(max=SCALE_CODES - 1), price, feedback)
+    return _fill_budget(x, layout, best.clamp(max=SCALE_CODES - 1), price, codes, unused, steps, feedback)
 
 
-def quantize_tiles(x: torch.Tensor, layout: TileLayout, start_rms: float, effort: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_tiles(
+    x: torch.Tensor, layout: TileLayout, start_rms: float, effort: int = 1, feedback: Feedback | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize tiles of coefficients at constant rate.
 
     Args:
@@ -163,6 +186,7 @@ def quantize_tiles(x: torch.Tensor, layout: TileLayout, start_rms: float, effort
         layout: lattice, rate and tile.
         start_rms: root mean square of `x / scale` at which the search starts (`hq_inductor.format.rates`); affects only its speed.
         effort: 0, 1 or 2, see above.
+        feedback: rounds vector by vector, each making up for the errors of those before.
 
     Returns:
         Codes `[n, tile]` int8 and representable scales `[n]` fp32.
@@ -172,22 +196,54 @@ def quantize_tiles(x: torch.Tensor, layout: TileLayout, start_rms: float, effort
     check_effort(effort)
     # NaN would become an index; callers who want such weights refused do so before (`HyperQuantTensor.from_hp`)
     x = x.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    if feedback is not None:
+        x = x + feedback.drift
     start = scale_to_code(x.square().mean(-1).sqrt() / start_rms)
     if effort == 0:
-        codes, _, _ = _finest_scale(x, layout, start, None)
+        codes, _, _ = _finest_scale(x, layout, start, None, feedback)
     else:
         factors, steps = (_FACTORS[:1], _FILL_STEPS) if effort == 1 else (_FACTORS, _THOROUGH_FILL_STEPS)
-        codes = _optimised_codes(x, layout, start, factors[0], steps)
+        codes = _optimised_codes(x, layout, start, factors[0], steps, feedback)
         for factor in factors[1:]:
-            other = _optimised_codes(x, layout, start, factor, steps)
-            better = _squared_error(x, other, layout) < _squared_error(x, codes, layout)
+            other = _optimised_codes(x, layout, start, factor, steps, feedback)
+            better = _squared_error(x, other, layout, feedback) < _squared_error(x, codes, layout, feedback)
             codes = torch.where(better[:, None], other, codes)
-    return codes, _fitted_scale(x, codes, layout, start)
+    return codes, _fitted_scale(x, codes, layout, start, feedback)
 
 
-def _fitted_scale(x: torch.Tensor, codes: torch.Tensor, layout: TileLayout, start: torch.Tensor) -> torch.Tensor:
+def _fitted_scale(
+    x: torch.Tensor, codes: torch.Tensor, layout: TileLayout, start: torch.Tensor, feedback: Feedback | None = None
+) -> torch.Tensor:
     """The representable scale nearest to the least-squares one; that of `start` for codes that are all zero."""
-    points = embed(codes, layout.lattice)
-    energy = points.square().sum(-1)
-    fitted = (x * points).sum(-1) / energy.clamp(min=1.0)
-    return scale_from_code(scale_to_code(torch.where(energy > 0, fitted, scale_from_code(start))))
+    product, energy = _fit(x, codes, layout, feedback)
+    fitted = torch.where(energy > 0, product / energy, scale_from_code(start))
+    return scale_from_code(scale_to_code(fitted))
+
+
+def quantize_with_feedback(
+    x: torch.Tensor, moments: torch.Tensor, layout: TileLayout, start_rms: float, effort: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize rows of coefficients tile by tile, each making up for the errors of those before (`hq_inductor.format.feedback`).
+
+    Args:
+        x: `[N, K]` fp32 after the randomized Hadamard transform, finite; K a multiple of the tile.
+        moments: `[K, K]`, second moments of the inputs after the transform.
+        layout, start_rms, effort: as in `quantize_tiles`.
+
+    Returns:
+        Codes `[N, K]` int8 and representable scales `[N, K / tile]` fp32.
+
+    Raises:
+        ValueError: the moments are not finite or not positive semidefinite.
+    """
+    factor, cholesky = feedback_factors(moments)
+    codes = torch.empty_like(x, dtype=torch.int8)
+    scales = x.new_empty((x.shape[0], x.shape[1] // layout.tile))
+    errors = torch.empty_like(x)
+    for index, begin in enumerate(range(0, x.shape[1], layout.tile)):
+        tile = slice(begin, begin + layout.tile)
+        drift = -(errors[:, :begin] @ factor[:begin, tile])
+        feedback = Feedback(drift, factor[tile, tile], cholesky[tile, tile])
+        codes[:, tile], scales[:, index] = quantize_tiles(x[:, tile], layout, start_rms, effort, feedback)
+        errors[:, tile] = embed(codes[:, tile], layout.lattice) * scales[:, index, None] - x[:, tile]
+    return codes, scales

@@ -71,7 +71,7 @@ def test_command(model_path, evaluation, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["perplexity.py", "--model", str(model_path), "--text", text, "--no-peers", *arguments])
     perplexity.main()
     results = json.loads((tmp_path / "perplexity.json").read_text())["results"]
-    for variant in ("plain", "balanced", "mixed"):
+    for variant in perplexity.VARIANTS:
         low, high = (r for r in results if r["method"] == f"e8 {variant}")
         assert low["bits_per_weight"] <= 3 < high["bits_per_weight"] <= 5 and low["kl"] > 2 * high["kl"] > 0
     assert (tmp_path / "perplexity.png").stat().st_size > 1000
