@@ -6,6 +6,8 @@ Rule.  Merging siblings always: it takes rotations and launches away and adds no
        counts as small: larger ones then take as many kernels as Inductor's own, since the kernel that rotates does the norm or gate for
        every batch.
        On a CPU these steps are loops that Inductor generates and vectorizes, which the op would not.
+       Measured (H200, torch 2.11, 2026-11-24, `benchmarks/README.md`): four layers of Llama-3-8B's shape at batch 1 take 0.932 ms without the
+       passes, 0.854 with siblings merged and 0.829 with all.
 """
 
 from __future__ import annotations
