@@ -30,12 +30,12 @@ from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from hq_inductor.format.kv import kv_layout
+from hq_inductor.format.kv import kv_layout, unbiased_gain
 from hq_inductor.format.rotation import ROTATIONS, role_seed, rotation_matrix
 
 IMPLEMENTATION = "kv_quality"
 ROLES = ("k", "v")
-SETTINGS = ("center", "windows", "effort", "layers", "dither")
+SETTINGS = ("center", "unbias", "windows", "effort", "layers", "dither")
 # first tokens whose mean centers the keys
 PROMPT = 64
 
@@ -93,7 +93,14 @@ def cached(
 
 
 def hyperquant(
-    bps: float, head_dim: int, rotation: str = "haar", dither: str | None = None, effort: int = 1, lattice: str = "e8", prompt: int = PROMPT
+    bps: float,
+    head_dim: int,
+    rotation: str = "haar",
+    dither: str | None = None,
+    effort: int = 1,
+    lattice: str = "e8",
+    prompt: int = PROMPT,
+    unbias: bool = True,
 ):
     """`quantize` of our slots, keys less the mean of the first `prompt` (0: not centered), and the rate."""
     layout = kv_layout(head_dim, bps, lattice, dither)
@@ -103,7 +110,8 @@ def hyperquant(
         batch, heads, tokens, _ = x.shape
         matrix, seed = rotation_matrix(rotation, head_dim, 0, layer, role), role_seed(0, layer, role)
         offset = x[:, :, :prompt].mean(2, keepdim=True) if prompt and role == "k" else 0.0
-        x = x - offset
+        gain = unbiased_gain(layout) if unbias and role == "k" and dither is None else 1.0
+        x = (x - offset) * gain
         words = torch.zeros(batch, layout.slots(heads), tokens, layout.tile.words, dtype=torch.int32)
         torch.ops.hyperquant.kv_store(words, x @ matrix, torch.arange(tokens), *key, effort, dither, seed)
         return torch.ops.hyperquant.kv_load(words, head_dim, *key, torch.float32, dither, seed)[:, :heads] @ matrix.t() + offset
@@ -152,6 +160,8 @@ def methods(rates: list[float], head_dim: int, window: int, sinks: int, rotation
     for bps in rates:
         if "center" in settings:
             out.append(ours("haar, keys not centered", bps, window, sinks, prompt=0))
+        if "unbias" in settings:
+            out.append(ours("haar, biased", bps, window, sinks, unbias=False))
         if "windows" in settings:
             out += [ours("haar", bps, *setting) for setting in ((0, 0), (0, sinks))]
         if "effort" in settings:

@@ -23,6 +23,7 @@ class KVConfig:
         effort: encoder's effort, 0 to 2 (`hq_inductor.format.quantizer`).
         dither: None, `"half"` or `"full"` (`hq_inductor.format.dither`): unbiased, coarser and slower.
         center: subtract from all keys the mean of those of the first `store`, if it brings at least 16.
+        unbias: let coded keys be too long by what keeps scores right in the mean (`hq_inductor.format.kv.unbiased_gain`); not with dither.
         seed: of rotations and dither.
 
     Raises:
@@ -38,6 +39,7 @@ class KVConfig:
     effort: int = 1
     dither: str | None = None
     center: bool = True
+    unbias: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -36,6 +36,7 @@ def kv_encode(
     sinks: int,
     window: int,
     offset: torch.Tensor | None = None,
+    gain: float = 1.0,
     effort: int = 1,
     dither: str | None = None,
     seed: int = 0,
@@ -50,6 +51,7 @@ def kv_encode(
         layout: from `hq_inductor.format.kv.kv_layout`.
         rotation: `[head_dim, head_dim]`, applied from the right, or None.
         offset: `[B, kv_heads, 1, head_dim]`, subtracted from x; for keys, any vector that stays the same leaves attention as it is.
+        gain: what slots are multiplied by; for keys without dither, `hq_inductor.format.kv.unbiased_gain(layout)`.
         sinks, window, effort, dither, seed: see `KVConfig`; `seed` is that of layer and role.
 
     Raises:
@@ -60,7 +62,7 @@ def kv_encode(
         raise ValueError(f"x must have head_dim={layout.head_dim}, got {x.shape[-1]}")
     x = rotate(x if offset is None else (x - offset).to(x.dtype), rotation)
     lattice, tile, code = layout.tile.lattice, layout.tile.tile, layout.tile.code
-    torch.ops.hyperquant.kv_store(words, x, position, lattice, tile, code, effort, dither, seed)
+    torch.ops.hyperquant.kv_store(words, x if gain == 1 else x * gain, position, lattice, tile, code, effort, dither, seed)
     index = exact_index(position, sinks, window)
     newest = (position < sinks) | (position > position[-1:] - window)
     inside = (position >= 0) & (position < words.shape[2])
