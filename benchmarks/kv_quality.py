@@ -4,7 +4,8 @@
 
 Model, text and windows as for `perplexity.py`, whose measures these are. Every token is predicted as when decoding one by one: its query
 sees the exact keys and values of the first `sinks` tokens and the newest `window`, quantized ones of all between. That is one forward pass
-per window, with two score matrices, and equals generating with a `HyperQuantCache` (the tests compare). Everything runs in float32.
+per window, with two score matrices, and equals generating with a `HyperQuantCache` (the tests compare). Our keys are centered by the mean
+of the first 64. Everything runs in float32.
 
 Peers quantize the same vectors at their true rates: Lloyd-Max levels after a Haar rotation with one 16-bit scale per vector (TurboQuant),
 integers with scale and zero point by group of a token's values, and `KIVI`: keys by channel in groups of 32 tokens, values by token.
@@ -34,7 +35,9 @@ from hq_inductor.format.rotation import ROTATIONS, role_seed, rotation_matrix
 
 IMPLEMENTATION = "kv_quality"
 ROLES = ("k", "v")
-SETTINGS = ("windows", "effort", "layers", "dither")
+SETTINGS = ("center", "windows", "effort", "layers", "dither")
+# first tokens whose mean centers the keys
+PROMPT = 64
 
 
 class CacheModel(nn.Module):
@@ -43,11 +46,12 @@ class CacheModel(nn.Module):
     Args:
         quantize: `(x [B, kv_heads, S, D], layer, role)` to what decoding gives.
         window, sinks: newest and first tokens that are exact.
+        prompt: tokens that attend to each other exactly, as in a prefill.
     """
 
-    def __init__(self, quantize: Callable, window: int, sinks: int) -> None:
+    def __init__(self, quantize: Callable, window: int, sinks: int, prompt: int = 0) -> None:
         super().__init__()
-        self.quantize, self.window, self.sinks = quantize, window, sinks
+        self.quantize, self.window, self.sinks, self.prompt = quantize, window, sinks, prompt
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, layer: int) -> torch.Tensor:
         """Causal attention `[B, Hq, S, D]` in which each query sees its own mixture of exact and quantized tokens."""
@@ -58,7 +62,7 @@ class CacheModel(nn.Module):
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
         position = torch.arange(tokens)
         age = position[:, None] - position
-        exact = (position < self.sinks) | (age < self.window)
+        exact = (position < self.sinks) | (age < self.window) | (position[:, None] < self.prompt)
         scores = torch.where(exact, query @ key.mT, query @ coded_key.mT) * scale
         weights = scores.masked_fill(age < 0, float("-inf")).softmax(-1)
         return (weights * exact) @ value + (weights * ~exact) @ coded_value
@@ -71,7 +75,9 @@ def _attention(module, query, key, value, attention_mask, scaling=None, **kwargs
 AttentionInterface.register(IMPLEMENTATION, _attention)
 
 
-def cached(name: str, bits: float, quantize: Callable, window: int, sinks: int, exact_layers: tuple[int, ...] = ()) -> Method:
+def cached(
+    name: str, bits: float, quantize: Callable, window: int, sinks: int, exact_layers: tuple[int, ...] = (), prompt: int = 0
+) -> Method:
     """A method for `perplexity.Evaluation`: the model with a cache of `bits` bits per value outside of the exact tokens and layers."""
 
     def apply(model: nn.Module) -> float:
@@ -80,23 +86,27 @@ def cached(name: str, bits: float, quantize: Callable, window: int, sinks: int, 
         exact = {index % len(modules) for index in exact_layers}
         for module in modules:
             keep = module.layer_idx in exact
-            module.kv_cache_model = CacheModel((lambda x, layer, role: x) if keep else quantize, window, sinks)
+            module.kv_cache_model = CacheModel((lambda x, layer, role: x) if keep else quantize, window, sinks, prompt)
         return bits
 
     return Method(name, apply)
 
 
-def hyperquant(bps: float, head_dim: int, rotation: str = "haar", dither: str | None = None, effort: int = 1, lattice: str = "e8"):
-    """`quantize` of our slots, and their rate."""
+def hyperquant(
+    bps: float, head_dim: int, rotation: str = "haar", dither: str | None = None, effort: int = 1, lattice: str = "e8", prompt: int = PROMPT
+):
+    """`quantize` of our slots, keys less the mean of the first `prompt` (0: not centered), and the rate."""
     layout = kv_layout(head_dim, bps, lattice, dither)
     key = (lattice, layout.tile.tile, layout.tile.code)
 
     def quantize(x: torch.Tensor, layer: int, role: str) -> torch.Tensor:
         batch, heads, tokens, _ = x.shape
         matrix, seed = rotation_matrix(rotation, head_dim, 0, layer, role), role_seed(0, layer, role)
+        offset = x[:, :, :prompt].mean(2, keepdim=True) if prompt and role == "k" else 0.0
+        x = x - offset
         words = torch.zeros(batch, layout.slots(heads), tokens, layout.tile.words, dtype=torch.int32)
         torch.ops.hyperquant.kv_store(words, x @ matrix, torch.arange(tokens), *key, effort, dither, seed)
-        return torch.ops.hyperquant.kv_load(words, head_dim, *key, torch.float32, dither, seed)[:, :heads] @ matrix.t()
+        return torch.ops.hyperquant.kv_load(words, head_dim, *key, torch.float32, dither, seed)[:, :heads] @ matrix.t() + offset
 
     return quantize, 32 * layout.tile.words / layout.tile.tile
 
@@ -140,6 +150,8 @@ def methods(rates: list[float], head_dim: int, window: int, sinks: int, rotation
 
     out = [ours(rotation, bps, window, sinks, rotation=rotation) for rotation in rotations for bps in rates]
     for bps in rates:
+        if "center" in settings:
+            out.append(ours("haar, keys not centered", bps, window, sinks, prompt=0))
         if "windows" in settings:
             out += [ours("haar", bps, *setting) for setting in ((0, 0), (0, sinks))]
         if "effort" in settings:

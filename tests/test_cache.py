@@ -46,10 +46,34 @@ def test_states_come_back(rotation, head_dim, kv_heads):
 @pytest.mark.parametrize("bps", [2.0, 4.0])
 def test_bytes_are_exact(bps):
     cache = make(k_bps=bps, v_bps=bps, max_tokens=64, dtype=torch.bfloat16, window=0, sinks=0)
-    bf16 = 2 * 2 * 2 * 64 * 128 * 2
-    assert cache.slot_bits_per_value == bps and cache.size_bytes == bf16 * bps / 16
+    bf16, offset = 2 * 2 * 2 * 64 * 128 * 2, 2 * 2 * 128 * 4
+    assert cache.slot_bits_per_value == bps and cache.size_bytes == bf16 * bps / 16 + offset
     with_window = make(k_bps=bps, v_bps=bps, max_tokens=64, dtype=torch.bfloat16)
     assert with_window.size_bytes - cache.size_bytes == 2 * 2 * 2 * 8 * 128 * 2
+
+
+def test_centering_changes_nothing_but_the_error():
+    """Keys with a common part: attention of exact tokens stays the same, that of coded ones comes closer."""
+    k, v = states(40)
+    k = k + 6 * torch.randn(2, 2, 1, 128, generator=torch.Generator().manual_seed(7))
+    query = torch.randn(2, 2, 1, 128, generator=torch.Generator().manual_seed(8)) / 4
+    expected = F.scaled_dot_product_attention(query, k, v)
+    error = {}
+    for window in (6, 48):
+        for center in (False, True):
+            cache = make(center=center, window=window, v_bps=6)
+            cache.store(k[:, :, :39], v[:, :, :39])
+            cache.store(k[:, :, 39:], v[:, :, 39:])
+            assert (cache.k_offset != 0).any() == center
+            error[window, center] = (cache.attend(query) - expected).abs().max().item()
+            # the common part is 37 times the rest: 15 dB
+            assert snr_db(k, cache.dequantize()[0][:, :, :40]) > (33 if center else 20)
+    assert max(error[48, False], error[48, True]) < 1e-4
+    assert error[6, True] < 0.5 * error[6, False]
+    few = make()
+    few.store(k[:, :, :15], v[:, :, :15])
+    few.store(k[:, :, 15:], v[:, :, 15:])
+    assert (few.k_offset == 0).all()
 
 
 @pytest.mark.parametrize(("tokens", "steps"), [(1, 12), (3, 5), (11, 2)])
@@ -69,7 +93,7 @@ def test_attention_is_that_of_what_is_stored(tokens, steps):
 
 def test_chunks_do_not_matter():
     k, v = states(30)
-    caches = [make() for _ in range(3)]
+    caches = [make(center=False) for _ in range(3)]
     for cache, chunks in zip(caches, ([30], [1] * 30, [7, 2, 20, 1]), strict=True):
         for k_part, v_part in zip(k.split(chunks, 2), v.split(chunks, 2), strict=True):
             cache.store(k_part, v_part)
@@ -83,7 +107,7 @@ def test_chunks_do_not_matter():
 def test_crop(removed, dither):
     """As if the tokens had never been there, but that those back in the window are decoded ones."""
     k, v = states(30)
-    cropped, short = make(dither=dither), make(dither=dither)
+    cropped, short = (make(dither=dither, center=False) for _ in range(2))
     cropped.store(k, v)
     cropped.crop(removed)
     left = 30 - removed

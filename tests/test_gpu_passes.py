@@ -24,8 +24,10 @@ def close(found, expected):
     assert (found.double() - expected.double()).norm() / expected.double().norm() < 2e-2
 
 
-@pytest.mark.parametrize("mma", ["auto", "int8", "fp8", "bf16", "nvfp4"])
-@pytest.mark.parametrize("name", PROLOGUES)
+@pytest.mark.parametrize(
+    ("name", "mma"),
+    [*((name, "auto") for name in PROLOGUES), *(("rms_norm_cast", mma) for mma in ("int8", "fp8", "bf16", "nvfp4")), ("silu_mul", "fp8")],
+)
 def test_fused_op_equals_its_layers(name, mma):
     weights = [
         HyperQuantTensor.from_hp(torch.randn(n, FEATURES, device="cuda"), bps=bps, tile=512) for n, bps in ((100, 4), (64, 4), (44, 3))

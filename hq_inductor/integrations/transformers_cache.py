@@ -59,7 +59,7 @@ class StoredStates(torch.Tensor):
     def dense(self) -> torch.Tensor:
         """The decoded states, of this shape."""
         with torch._C.DisableTorchFunctionSubclass():
-            states = self.source.states.dequantize()[self.role].to(self.dtype)
+            states = (self.source.states.keys, self.source.states.values)[self.role]().to(self.dtype)
             if self.dim() == 5:
                 return states[:, :, None].expand(self.shape)
             return states.repeat_interleave(self.repeats, 1) if self.repeats > 1 else states

@@ -6,7 +6,7 @@ Definition.  `softmax(scale q k^T + mask) v`, softmax in fp32. Keys and values o
              `sliding_window`, where `mask` allows. A query that sees nothing yields zeros.
 Invariants.  No host sync. Any words, lengths and starts are read without error; corrupt ones give wrong finite numbers.
 Choice.      On a CPU, plain PyTorch over the stored tokens. On CUDA the kernel that decodes while it attends
-             (`hq_inductor.ops.fused_kv.attend`), where its `unsupported` has no objection: few queries, one code for keys and values,
+             (`hq_inductor.ops.fused_kv.attend`), where its `unsupported` has no objection: few queries, slots of 128 or 256 values,
              e8, masks that heads share. Otherwise slots are decoded to the queries' dtype for the library's attention.
 """
 
@@ -214,7 +214,7 @@ def _kv_attention_cuda(
     layouts = (lattice, tile, k_code, v_code, dither)
     stored = (k_words, v_words, k_exact, v_exact)
     k_layout, v_layout = _check_attention(query, *stored, length, start, mask, sinks, window, sliding_window, *layouts)
-    if dither is None and all(tensor.is_contiguous() for tensor in stored):
+    if dither is None and all(tensor.is_contiguous() and tensor.numel() < 2**31 for tensor in stored):
         wide = None if mask is None else mask.expand(-1, -1, query.shape[2], -1)
         if unsupported(query, k_words, k_exact, wide, k_layout, v_layout) is None:
             return attend(query, *stored, length, start, wide, scale, sinks, window, sliding_window, k_layout, v_layout)

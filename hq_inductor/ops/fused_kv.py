@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -14,9 +15,10 @@ from ..format.on_device import on_device
 from ..format.quantizer import MAX_OVERLOAD, PRICE, check_effort
 from ..format.rates import start_rms
 from ..format.rounding import class_bits
-from .kernels.attention import attention_kernel, combine_kernel
+from .kernels.attention import attention_kernel
 from .kernels.kv_encode import encode_kernel
 from .kernels.slots import buffer_bytes
+from .kernels.softmax import combine_kernel
 from .launch import MMA_COLUMNS, dependent_launch, multiprocessors
 
 # bytes of shared memory for slots: what the tables leave of a kernel's static share
@@ -24,6 +26,10 @@ _BUFFERS_BYTES = 16384
 # queries beyond this many blocks of columns are better served by decoding once
 MAX_COLUMN_BLOCKS = 4
 _BLOCKS_PER_PROCESSOR = 2
+# microseconds that a program takes per token and once (measured, H200, 4 bps, 2026-11-24), and a combining kernel adds; they only weigh
+# programs that would wait for a second wave against programs that stay idle
+_PER_TOKEN, _PER_PROGRAM, _COMBINE = 0.023, 3.0, 2.0
+_MAX_SPLITS, _MAX_WAVES = 64, 16
 
 
 @dataclass(frozen=True)
@@ -47,12 +53,19 @@ def _warps(k_layout: TileLayout, v_layout: TileLayout) -> int:
     return next((n for n in (8, 4, 2) if n * per_warp <= _BUFFERS_BYTES and n * k_layout.tile <= 1024), 0)
 
 
+@functools.lru_cache(maxsize=1024)
 def attention_launch(units: int, max_tokens: int, processors: int, k_layout: TileLayout, v_layout: TileLayout) -> AttentionLaunch:
-    """Launch for `units` heads of slots (times blocks of columns): one wave of programs."""
+    """Launch for `units` heads of slots (times blocks of columns) that fills the device's waves of programs best."""
     num_warps = _warps(k_layout, v_layout)
-    wave = _BLOCKS_PER_PROCESSOR * processors * (8 // num_warps)
-    splits = max(1, min(wave // units, -(-max_tokens // (16 * num_warps))))
-    return AttentionLaunch(num_warps, splits, 128 if k_layout.tile == 128 else 255)
+    # 255 registers leave room for half the warps
+    wave = _BLOCKS_PER_PROCESSOR * processors * (8 // num_warps) // (k_layout.tile // 128)
+
+    def microseconds(splits: int) -> float:
+        return -(-units * splits // wave) * (_PER_TOKEN * max_tokens / splits + _PER_PROGRAM) + (_COMBINE if splits > 1 else 0)
+
+    # as many as have a round for each warp, and one for the exact tokens; and sums of parts that need little memory
+    most = max(1, min(_MAX_SPLITS, -(-max_tokens // (16 * num_warps)) + 1, _MAX_WAVES * wave // units))
+    return AttentionLaunch(num_warps, min(range(1, most + 1), key=microseconds), 128 if k_layout.tile == 128 else 255)
 
 
 def unsupported(
@@ -69,10 +82,12 @@ def unsupported(
         return f"head_dim must be a multiple of 8 that divides the slot, got {head_dim}"
     if _warps(k_layout, v_layout) == 0:
         return f"slots are too long for shared memory, got {k_layout.words} and {v_layout.words} words"
-    if max_tokens * k_layout.words % 4 or max_tokens * v_layout.words % 4 or k_words.numel() >= 2**31:
-        return f"max_tokens must be a multiple of 4 and words fewer than 2^31, got {max_tokens} and {k_words.numel()}"
-    if k_exact.dtype not in (torch.float16, torch.bfloat16):
-        return f"exact tokens must be fp16 or bf16, got {k_exact.dtype}"
+    if max_tokens * k_layout.words % 4 or max_tokens * v_layout.words % 4 or max_tokens * max(k_layout.words, v_layout.words) >= 2**31:
+        return f"max_tokens must be a multiple of 4 and a head of fewer than 2^31 words, got {max_tokens} tokens"
+    if k_exact.dtype not in (torch.float16, torch.bfloat16) or query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"exact tokens must be fp16 or bf16 and queries that or fp32, got {k_exact.dtype} and {query.dtype}"
+    if k_words.data_ptr() % 16 or k_exact.data_ptr() % 16:
+        return "tensors must start at multiples of 16 bytes"
     if -(-queries * (k_layout.tile // head_dim) * (query.shape[1] // kv_heads) // MMA_COLUMNS) > MAX_COLUMN_BLOCKS:
         return f"{queries} queries per head are too many"
     if mask is not None and (mask.dtype != torch.bool or mask.shape[1] != 1 or mask.stride(-1) != 1 or mask.shape[-1] < max_tokens):
@@ -128,7 +143,10 @@ def attend(
 
     Note: no host sync, and a launch that does not depend on `length`.
     """
-    reason = unsupported(query, k_words, k_exact, mask, k_layout, v_layout)
+    v_exact = v_exact.to(k_exact.dtype)
+    reason = unsupported(query, k_words, k_exact, mask, k_layout, v_layout) or unsupported(
+        query, v_words, v_exact, mask, k_layout, v_layout
+    )
     if reason is not None:
         raise ValueError(reason)
     batch, query_heads, queries, head_dim = query.shape
@@ -234,7 +252,31 @@ def _symbol_bits(layout: TileLayout, device: torch.device) -> torch.Tensor:
     return on_device(("symbol bits", bits), lambda: torch.tensor(bits, dtype=torch.float32), device)
 
 
-def store(words: torch.Tensor, x: torch.Tensor, position: torch.Tensor, layout: TileLayout, effort: int = 1, num_warps: int = 8) -> None:
+@dataclass(frozen=True)
+class EncodeLaunch:
+    """How the encoder is launched, one program per slot.
+
+    Args:
+        candidates: scales, or lambdas, that are tried at a time; a power of two.
+        finer: of the first ones, how many are finer than the average tile's.
+        num_warps: warps per program; at most one thread for each candidate's vectors is of use.
+    """
+
+    candidates: int
+    finer: int
+    num_warps: int
+
+
+# few slots wait for their rounds, so one window should do: of Gaussians from 1.75 to 6 bps, head_dim 96 to 256, the finest scale that
+# fits is (measured) 16 finer to 14 coarser than the average for effort 1, and 10 finer to 27 coarser for effort 0, which needs more bits;
+# many slots fill the device, where what counts is how much is tried: most need less, and the rest another round
+_FEW, _MANY = {0: EncodeLaunch(32, 8, 8), 1: EncodeLaunch(32, 15, 8)}, {0: EncodeLaunch(16, 6, 4), 1: EncodeLaunch(16, 8, 4)}
+_MANY_SLOTS = 2048
+
+
+def store(
+    words: torch.Tensor, x: torch.Tensor, position: torch.Tensor, layout: TileLayout, effort: int = 1, launch: EncodeLaunch | None = None
+) -> None:
     """Encode tokens into their slots, in place.
 
     Args:
@@ -261,6 +303,8 @@ def store(words: torch.Tensor, x: torch.Tensor, position: torch.Tensor, layout: 
         x = x.contiguous()
     if x.numel() == 0:
         return
+    if launch is None:
+        launch = (_FEW if batch * heads * tokens < _MANY_SLOTS else _MANY)[effort]
     device = x.device
     pdl = dependent_launch(device)
     encode_kernel[(batch * heads, tokens)](
@@ -288,7 +332,9 @@ def store(words: torch.Tensor, x: torch.Tensor, position: torch.Tensor, layout: 
         VECTORS=triton.next_power_of_2(layout.tile // 8),
         STREAM_PAD=triton.next_power_of_2(layout.stream_words),
         EFFORT=effort,
+        CANDIDATES=launch.candidates,
+        FINER=launch.finer,
         PDL=pdl,
-        num_warps=num_warps,
+        num_warps=launch.num_warps,
         **({"launch_pdl": True} if pdl else {}),
     )

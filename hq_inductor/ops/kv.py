@@ -22,6 +22,11 @@ from ..format.rice import encode_tiles
 from .decode import decode_words
 from .registry import check_floating, register, tile_layout
 
+# a prompt is coded in blocks of about this many values, which bounds the memory beside it
+_BLOCK_VALUES = {"cpu": 1 << 18, "cuda": 1 << 24}
+# CUDA's limit to the second dimension of a grid is 65535
+_STORE_TOKENS = 1 << 15
+
 
 def check_words(name: str, words: torch.Tensor, lattice: str, tile: int, code: int) -> TileLayout:
     """The layout of slots `[B, slots, max_tokens, W]`, or `TypeError` / `ValueError`."""
@@ -91,12 +96,17 @@ def _kv_store(
     tiles = join_heads(x, tile // x.shape[3]).to(torch.float32)
     shape, flat = tiles.shape, tiles.reshape(-1, tile)
     start_rms = RATE_TABLE[lattice][code].start_rms
-    if dither is None:
-        codes, scale = quantize_tiles(flat, layout, start_rms, effort)
-    else:
-        u = dither_vectors(dither, seed, shape[1], position, layout)
-        codes, scale = quantize_dithered(flat, u.expand(shape).reshape(-1, tile), layout, start_rms, dither)
-    write_rows(words, position, encode_tiles(codes, scale, layout).view(*shape[:3], -1))
+    u = None if dither is None else dither_vectors(dither, seed, shape[1], position, layout).expand(shape).reshape(-1, tile)
+    coded = words.new_empty((flat.shape[0], layout.words))
+    step = max(1, _BLOCK_VALUES[x.device.type] // tile)
+    for begin in range(0, flat.shape[0], step):
+        rows = slice(begin, begin + step)
+        if u is None:
+            codes, scale = quantize_tiles(flat[rows], layout, start_rms, effort)
+        else:
+            codes, scale = quantize_dithered(flat[rows], u[rows], layout, start_rms, dither)
+        coded[rows] = encode_tiles(codes, scale, layout)
+    write_rows(words, position, coded.view(*shape[:3], -1))
 
 
 def _kv_store_cuda(
@@ -116,7 +126,9 @@ def _kv_store_cuda(
         return _kv_store(words, x, position, lattice, tile, code, effort, dither, seed)
     from .fused_kv import store  # Triton is there on Linux only, and takes its time to import
 
-    store(words, x, position.contiguous(), layout, effort)
+    # a launch takes so many tokens
+    for x_part, position_part in zip(x.split(_STORE_TOKENS, 2), position.split(_STORE_TOKENS), strict=True):
+        store(words, x_part, position_part.contiguous(), layout, effort)
 
 
 def _kv_store_fake(words, x, position, lattice, tile, code, effort, dither=None, seed=0) -> None:

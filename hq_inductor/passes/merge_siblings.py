@@ -85,6 +85,7 @@ def _leaves_the_graph(node: fx.Node) -> bool:
 def _is_view(node: fx.Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload):
         return node.target is operator.getitem
-    # a reshape may be one
-    returns = node.target._schema.returns
-    return node.target is aten.reshape.default or any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+    # these may be views, though their schemas do not say so
+    if node.target in (aten.reshape.default, aten._unsafe_view.default):
+        return True
+    return any(result.alias_info is not None and not result.alias_info.is_write for result in node.target._schema.returns)

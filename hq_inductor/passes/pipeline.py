@@ -20,7 +20,7 @@ from .fuse_gate import FuseGatePass
 from .fuse_norm import FuseNormPass
 from .fuse_residual import FuseResidualPass
 from .graph_pass import Rewriting, log
-from .linear_node import has_linear
+from .linear_node import LinearNode, has_linear
 from .merge_siblings import MergeSiblingsPass
 from .report import PassReport, add_to_report
 from .torch_versions import fake_tensor_updater
@@ -31,8 +31,12 @@ PASSES = (MergeSiblingsPass(), FuseNormPass(), FuseGatePass(), FuseResidualPass(
 def rewrite(gm: fx.GraphModule) -> PassReport:
     """Run the passes on a post-grad graph, in place. A graph without HyperQuant layers is not touched."""
     report = PassReport()
-    if not has_linear(gm.graph):
+    layer = next(LinearNode.all_of(gm.graph), None) if has_linear(gm.graph) else None
+    if layer is None:
         return report
+    # Inductor, which needs a second to import, is there when a graph is
+    from torch._inductor.virtualized import V
+
     report.graphs = 1
     rewriting = Rewriting(gm.graph, current_config(), report)
     if _is_training(gm.graph):
@@ -40,12 +44,13 @@ def rewrite(gm: fx.GraphModule) -> PassReport:
             report.left[graph_pass.name, "a graph with gradients: run it under torch.no_grad()"] += 1
     else:
         log.debug("before:\n%s", gm.graph)
-        updater = fake_tensor_updater(gm)
+        updater, fake_mode = fake_tensor_updater(gm), layer.value("x").fake_mode
         for graph_pass in PASSES:
             graph_pass(rewriting)
         if report.made:
             # views of merged outputs have other strides than before
-            updater.incremental_update()
+            with V.set_fake_mode(fake_mode):
+                updater.incremental_update()
             gm.graph.lint()
             gm.recompile()
             log.debug("after:\n%s", gm.graph)

@@ -12,6 +12,8 @@ def fake_tensor_updater(gm: fx.GraphModule):
 
     Takes the graph up to torch 2.11, the module later.
     """
+    # torch 2.11 uses the former in the latter without importing it
+    import torch._inductor.fx_passes.reinplace  # noqa: F401
     from torch._inductor.fx_utils import FakeTensorUpdater
 
     parameters = list(inspect.signature(FakeTensorUpdater).parameters)

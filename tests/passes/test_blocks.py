@@ -4,6 +4,9 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 from torch import nn
+from torch._inductor.utils import run_and_get_code
+
+from hq_inductor import passes
 
 from .graphs import ALL, NONE, BertBlock, Compiled, DiTBlock, LlamaBlock, assert_same, llama, quantized
 
@@ -139,6 +142,15 @@ def test_one_graph_for_decode_and_prefill():
         for shape in ((2, 5), (9, 4), (3, 70)):
             x = torch.randn(*shape, 128)
             assert_same(compiled.model(x), model(x))
+
+
+def test_nothing_is_left_between_the_layers():
+    """Generated code has no kernel of its own, and no view is copied: four ops and attention."""
+    x = torch.randn(2, 3, 128).to(torch.bfloat16)
+    torch._dynamo.reset()
+    with torch.no_grad(), torch.compiler.config.patch(force_disable_caches=True), passes.configured(**ALL):
+        _, (code, *_) = run_and_get_code(torch.compile(llama(torch.bfloat16), fullgraph=True), x)
+    assert "cpp_fused" not in code and code.count("torch.ops.hyperquant.rice_linear_fused.default(") == 4
 
 
 @pytest.mark.parametrize("norm", [lambda n: nn.RMSNorm(n, eps=1e-6), nn.LayerNorm, lambda n: nn.LayerNorm(n, elementwise_affine=False)])

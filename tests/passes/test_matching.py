@@ -179,6 +179,16 @@ def test_gates(activation, swapped):
     assert check(forward, GATE, UP, a=linear()).made == {"fuse_gate": 1}
 
 
+def test_gate_and_up_of_one_layer():
+    """As where a model keeps both in one weight: chunks of its output."""
+
+    def forward(m, x):
+        gate, up = m.both(x).chunk(2, -1)
+        return m.a(F.silu(gate) * up)
+
+    assert check(forward, X, a=linear(), both=linear(outputs=256)).made == {"fuse_gate": 1}
+
+
 def test_a_gated_activation_with_other_readers_stays():
     def forward(m, g, u):
         h = F.silu(g) * u

@@ -1,12 +1,16 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import fx
+from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from hq_inductor.ops.launch import FUSED_BATCH
 from hq_inductor.passes import PassConfig
 from hq_inductor.passes.linear_node import LinearNode
+from hq_inductor.passes.pipeline import rewrite
 from hq_inductor.passes.policy import why_not
 
 NAMES = ("fuse_norm", "fuse_gate", "fuse_residual")
@@ -45,3 +49,25 @@ def test_switches(name):
 
 def test_merging_always_pays():
     assert all(why_not("merge_siblings", layer, PassConfig()) is None for layer in (linear(1), linear(1, 4096), linear(1, device="cpu")))
+
+
+@pytest.mark.parametrize(("rows", "small"), [(1, True), (FUSED_BATCH, True), (FUSED_BATCH + 1, False)])
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_default_rewrites_of_a_cuda_graph(rows, small, norm):
+    """As Inductor decomposes it for CUDA, traced without a device."""
+    linear = torch.ops.hyperquant.rice_linear
+
+    def forward(x, weight, gate, up, down):
+        if norm == "rms":
+            wide = x.float()
+            h = weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+        else:
+            h = F.layer_norm(x, (128,), weight, weight)
+        gated = F.silu(linear(h, gate, None, None, "e8", 128, 32, 0)) * linear(h, up, None, None, "e8", 128, 32, 0)
+        return x + linear(gated, down, None, None, "e8", 128, 32, 0)
+
+    with FakeTensorMode(), torch.no_grad():
+        x, weight = (torch.empty(*shape, dtype=torch.bfloat16, device="cuda") for shape in ((rows, 128), (128,)))
+        words = [torch.empty(n, tiles, 16, dtype=torch.int32, device="cuda") for n, tiles in ((256, 1), (256, 1), (128, 2))]
+        gm = make_fx(forward, decomposition_table=select_decomp_table())(x, weight, *words)
+    assert rewrite(gm).made == dict.fromkeys(["merge_siblings", *(NAMES if small else ())], 1)

@@ -49,7 +49,7 @@ def round_to_even(x):
 
 
 # features whose statistics are taken at a time: all of a row's loads of 16 bytes that a warp can have under way
-_CHUNK = tl.constexpr(2048)
+_CHUNK = tl.constexpr(4096)
 _SMALLEST = tl.constexpr(2.0**-126)
 
 

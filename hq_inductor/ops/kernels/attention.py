@@ -8,12 +8,15 @@ Arithmetic.  Queries are rounded to 15 bits, `128 hi + lo`, so a score is two in
              `exp2(score - m) * scale_t`, scale_t of the V slot, rounded to fp16 last of all; m follows the largest of them. V's
              codes are exact in fp16; sums are fp32.
 Work.        A warp takes 16 tokens at a time. Decoded as rows, K is a first operand. V must stand in columns: `transpose` turns pairs of
-             its bytes, which become pairs of halves. The warps of a program merge in shared memory, programs of a head in `combine_kernel`.
-             Programs share a head's coded tokens evenly, whatever the length; as many as there are tokens for take part.
+             its bytes, which become pairs of halves. The warps of a program merge in shared memory, programs of a head in
+             `hq_inductor.ops.kernels.softmax`. Programs share a head's tokens evenly, whatever the length; as many as there are
+             tokens for take part.
 Shared.      Two buffers of 16 slots per warp (K, V), 16 KiB in all, then 32 KiB of tables: of one code, both directions; of two codes,
              forwards only (`slot_quads`, MIRRORED). While one buffer is decoded, the other is filled.
-Cost.        Per 16 tokens and 8 columns at tile 128: 16 vectors decoded, 8 int8 and 8 fp16 products, 18 transpositions, 32 byte
-             permutations and as many additions of halves.
+Cost.        Per 16 tokens and 8 columns at tile 128: 16 vectors per lane decoded, 8 int8 and 8 fp16 products, 18 transpositions, 32 byte
+             permutations and as many additions of halves. In SASS (e8, k = 3, sm_90) 882 instructions, 55 per token, of which 26 on
+             the integer pipe, the busiest. V as int8 with weights of two 7-bit terms would take 3 instructions less per token for the
+             values, and more than that for rounding the weights to a common scale and turning sums into fp32.
 Source.      Dao et al., Flash-Decoding, 2023 (split over the sequence); FlashAttention-2, arXiv 2307.08691 (running softmax).
 """
 
@@ -24,6 +27,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .bits import INTERPRETED
+from .exact_tokens import exact_step, query_8
 from .shared import (
     copy_async_16,
     declare_shared,
@@ -34,14 +38,13 @@ from .shared import (
     wait_older_copies,
 )
 from .slots import open_slot, raw_address, slot_quads, slot_raw, stage_slots, stream_address
-from .tile import decode_vector, restore_signs
+from .softmax import NEVER, weigh
+from .tile import decode_vector_e8, restore_signs
 from .warp import (
     biased_to_half,
-    column_max,
     column_sum,
     exchange,
     from_lane,
-    halves,
     mma_16bit,
     mma_s8,
     pack_bytes,
@@ -49,25 +52,12 @@ from .warp import (
     sync_warp,
     transpose,
 )
-from .wide import load_8_values, load_16
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 # where the tables stand in shared memory, after the buffers
 _BUFFERS = tl.constexpr(16384)
-# log2 of the largest weight in fp16: small ones keep their bits down to 2^-28 of it
-_TOP = tl.constexpr(14.0)
-_NEVER = tl.constexpr(-1.0e30)
 # 1.5 * 2^23: fp32 has no bits below the unit there
 _MAGIC = tl.constexpr(12582912.0)
-# scores beyond, of corrupt slots, would lose the bits that keep weights below 2^_TOP
-_MOST = tl.constexpr(32768.0)
-
-
-@triton.jit
-def _query_8(query_ptr, row_offset, d, first_dim, mask, HEAD_DIM: tl.constexpr):
-    """Coordinates `d` to `d + 7` of a column's query in the slot: zeros outside its own head."""
-    place = d - first_dim
-    return load_8_values(query_ptr + row_offset + place, mask & (place >= 0) & (place < HEAD_DIM))
 
 
 @triton.jit
@@ -75,31 +65,6 @@ def _load_tables(table_ptr, address, thread, NUM_WARPS: tl.constexpr):
     for step in tl.static_range(0, 8192 // (4 * 32 * NUM_WARPS)):
         index = (step * 32 * NUM_WARPS + thread) * 4
         copy_async_16(address + index * 4, table_ptr + index)
-
-
-@triton.jit
-def _weigh(scores, scale_u, scale_v, state, totals, NUM_WARPS: tl.constexpr, BLOCKS: tl.constexpr):
-    """Running softmax: weights of two tokens for two columns, `state = (m0, m1, l0, l1)` and `totals` brought to the new m."""
-    m0, m1, l0, l1 = state
-    s0 = tl.minimum(scores[0], _MOST)
-    s1 = tl.minimum(scores[1], _MOST)
-    s2 = tl.minimum(scores[2], _MOST)
-    s3 = tl.minimum(scores[3], _MOST)
-    log_u = tl.log2(scale_u)
-    log_v = tl.log2(scale_v)
-    n0 = tl.maximum(m0, column_max(tl.maximum(s0 + log_u, s2 + log_v), NUM_WARPS))
-    n1 = tl.maximum(m1, column_max(tl.maximum(s1 + log_u, s3 + log_v), NUM_WARPS))
-    a0 = tl.exp2(m0 - n0)
-    a1 = tl.exp2(m1 - n1)
-    rescaled = ()
-    for b in tl.static_range(BLOCKS):
-        rescaled = rescaled + (totals[4 * b] * a0, totals[4 * b + 1] * a1, totals[4 * b + 2] * a0, totals[4 * b + 3] * a1)
-    e0 = tl.exp2(s0 + (_TOP - n0))
-    e1 = tl.exp2(s1 + (_TOP - n1))
-    e2 = tl.exp2(s2 + (_TOP - n0))
-    e3 = tl.exp2(s3 + (_TOP - n1))
-    weights = (e0 * scale_u, e1 * scale_u, e2 * scale_v, e3 * scale_v)
-    return weights, (n0, n1, l0 * a0 + (e0 + e2), l1 * a1 + (e1 + e3)), rescaled
 
 
 @triton.jit
@@ -111,144 +76,7 @@ def _between(x, low, count):
 @triton.jit
 def _coded_before(part, total, active, exact_rounds, share):
     """Coded steps of the parts before `part`, when the first `exact_rounds` parts spend `share` steps on exact tokens."""
-    return tl.where(part == active, total, (part * total) // active) - share * tl.minimum(part, tl.minimum(exact_rounds, active))
-
-
-@triton.jit
-def _exact_step(
-    e,
-    k_exact_ptr,
-    v_exact_ptr,
-    query_ptr,
-    query_row,
-    query_first,
-    query_mask,
-    scale,
-    low,
-    high,
-    mask_rows,
-    mask_ptr,
-    last_token,
-    length,
-    sinks,
-    window,
-    b,
-    h,
-    kv_heads,
-    j,
-    state,
-    totals,
-    HEAD_DIM: tl.constexpr,
-    JOIN: tl.constexpr,
-    GROUPS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    NUM_WARPS: tl.constexpr,
-):
-    """16 tokens of the exact buffers, of which this thread holds number `e` and `e + 8`."""
-    dtype: tl.constexpr = k_exact_ptr.dtype.element_ty
-    entries = sinks + window
-    period = tl.maximum(window, 1)
-    rows = ()
-    tokens = ()
-    inside = ()
-    for side in tl.static_range(2):
-        place = e + 8 * side
-        # the newest position that this place of the ring can hold
-        since = (length - 1 - place) % period
-        token = tl.where(place < sinks, place, length - 1 - tl.where(since < 0, since + period, since))
-        real = (place < entries) & (token < length) & ((place < sinks) | (token >= sinks))
-        rows = rows + (tl.minimum(place, entries - 1),)
-        tokens = tokens + (tl.where(real, token, 0),)
-        inside = inside + (real,)
-
-    # all on their way before any is needed
-    k_all = ()
-    v_all = ()
-    for g in tl.static_range(GROUPS):
-        for v in tl.static_range(4):
-            d = 128 * g + 32 * v + 8 * j
-            head = h * JOIN + d // HEAD_DIM
-            there = (d // HEAD_DIM < JOIN) & (head < kv_heads)
-            for side in tl.static_range(2):
-                offset = ((b * kv_heads + head).to(tl.int64) * entries + rows[side]) * HEAD_DIM + d % HEAD_DIM
-                k_all = k_all + load_16(k_exact_ptr + offset, there & inside[side])
-                v_all = v_all + load_16(v_exact_ptr + offset, there & inside[side])
-
-    s0 = tl.zeros([32 * NUM_WARPS], tl.float32)
-    s1 = s0
-    s2 = s0
-    s3 = s0
-    for g in tl.static_range(GROUPS):
-        for v in tl.static_range(4):
-            k_regs = ()
-            for i in tl.static_range(8):
-                k_regs = k_regs + (k_all[32 * g + 8 * v + i],)
-            d = 128 * g + 32 * v + 8 * j
-            q = _query_8(query_ptr, query_row, d, query_first, query_mask, HEAD_DIM)
-            q_regs = ()
-            for i in tl.static_range(4):
-                q_regs = q_regs + (pack_halves(q[2 * i], q[2 * i + 1], dtype),)
-            for i in tl.static_range(2):
-                s0, s1, s2, s3 = mma_16bit(
-                    s0,
-                    s1,
-                    s2,
-                    s3,
-                    k_regs[2 * i],
-                    k_regs[4 + 2 * i],
-                    k_regs[2 * i + 1],
-                    k_regs[5 + 2 * i],
-                    q_regs[2 * i],
-                    q_regs[2 * i + 1],
-                    dtype,
-                    NUM_WARPS,
-                )
-    keep = ()
-    for i in tl.static_range(4):
-        token = tokens[i // 2]
-        seen = inside[i // 2] & (token >= low[i % 2]) & (token <= high[i % 2])
-        if HAS_MASK:
-            seen = seen & (tl.load(mask_ptr + mask_rows[i % 2] + tl.minimum(token, last_token)) != 0)
-        keep = keep + (seen,)
-    scores = (
-        tl.where(keep[0], s0 * scale, float("-inf")),
-        tl.where(keep[1], s1 * scale, float("-inf")),
-        tl.where(keep[2], s2 * scale, float("-inf")),
-        tl.where(keep[3], s3 * scale, float("-inf")),
-    )
-    one = tl.full([32 * NUM_WARPS], 1.0, tl.float32)
-    weights, state, totals = _weigh(scores, one, one, state, totals, NUM_WARPS, 8 * GROUPS)
-    w0, w1, w2, w3 = weights
-    # two terms, so that weights keep more bits than bf16 has
-    p0 = pack_halves(w0, w1, dtype)
-    p1 = pack_halves(w2, w3, dtype)
-    if dtype == tl.bfloat16:
-        r0 = pack_halves(w0 - (p0 << 16).to(tl.float32, bitcast=True), w1 - (p0 & -65536).to(tl.float32, bitcast=True), dtype)
-        r1 = pack_halves(w2 - (p1 << 16).to(tl.float32, bitcast=True), w3 - (p1 & -65536).to(tl.float32, bitcast=True), dtype)
-        r0 = transpose(r0, NUM_WARPS)
-        r1 = transpose(r1, NUM_WARPS)
-    p0 = transpose(p0, NUM_WARPS)
-    p1 = transpose(p1, NUM_WARPS)
-    updated = ()
-    for g in tl.static_range(GROUPS):
-        for v in tl.static_range(4):
-            v_regs = ()
-            for i in tl.static_range(8):
-                v_regs = v_regs + (v_all[32 * g + 8 * v + i],)
-            for half in tl.static_range(2):
-                a0 = transpose(halves(v_regs[2 * half], v_regs[2 * half + 1], 0), NUM_WARPS)
-                a1 = transpose(halves(v_regs[2 * half], v_regs[2 * half + 1], 1), NUM_WARPS)
-                a2 = transpose(halves(v_regs[4 + 2 * half], v_regs[5 + 2 * half], 0), NUM_WARPS)
-                a3 = transpose(halves(v_regs[4 + 2 * half], v_regs[5 + 2 * half], 1), NUM_WARPS)
-                t0 = totals[32 * g + 8 * v + 4 * half]
-                t1 = totals[32 * g + 8 * v + 4 * half + 1]
-                t2 = totals[32 * g + 8 * v + 4 * half + 2]
-                t3 = totals[32 * g + 8 * v + 4 * half + 3]
-                t0, t1, t2, t3 = mma_16bit(t0, t1, t2, t3, a0, a1, a2, a3, p0, p1, dtype, NUM_WARPS)
-                if dtype == tl.bfloat16:
-                    t0, t1, t2, t3 = mma_16bit(t0, t1, t2, t3, a0, a1, a2, a3, r0, r1, dtype, NUM_WARPS)
-                updated = updated + (t0, t1, t2, t3)
-    return state, updated
+    return tl.maximum((part * total) // active - share * tl.minimum(part, tl.minimum(exact_rounds, active)), 0)
 
 
 # one binary for all sizes
@@ -347,6 +175,16 @@ def attention_kernel(
         gdc_wait()
 
     length = tl.load(length_ptr).to(tl.int32)
+    # column r as an operand of products, on its way together with the length
+    column = tl.program_id(2) * 8 + r
+    sub = column // group % JOIN
+    q_row = b * stride_qb + ((h * JOIN + sub) * group + column % group) * stride_qh + column // (JOIN * group) * stride_qs
+    q_mask = (column < queries * JOIN * group) & (h * JOIN + sub < kv_heads)
+    q_first = sub * HEAD_DIM
+    values = ()
+    for g in tl.static_range(GROUPS):
+        for v in tl.static_range(4):
+            values = values + query_8(query_ptr, q_row, 128 * g + 32 * v + 8 * j, q_first, q_mask, HEAD_DIM)
     first_query = length - queries
     begin = 0
     if HAS_START:
@@ -358,16 +196,18 @@ def attention_kernel(
         seen_first = tl.maximum(seen_first, first_query - sliding_window + 1)
     first_step = tl.maximum(sinks, seen_first) // 16
     steps = tl.maximum((coded_end + 15) // 16 - first_step, 0)
-    active = tl.minimum(tl.maximum((steps + NUM_WARPS - 1) // NUM_WARPS, 1), tl.num_programs(1))
+    # a round of exact tokens takes about as long as half a round of coded ones. The first parts have them, and fewer of these; where there
+    # are programs to spare, they have none
+    exact_rounds = (sinks + window + 16 * NUM_WARPS - 1) // (16 * NUM_WARPS)
+    wanted = tl.maximum((steps + NUM_WARPS - 1) // NUM_WARPS + exact_rounds, 1)
+    active = tl.minimum(wanted, tl.num_programs(1))
+    share = tl.where(wanted <= tl.num_programs(1), NUM_WARPS, NUM_WARPS // 2)
     if part >= active:
         if SPLIT:
             # nothing seen
             row = ((unit * tl.num_programs(2) + tl.program_id(2)) * tl.num_programs(1) + part) * 16 + tl.arange(0, 16)
-            tl.store(state_ptr + row, tl.where(row % 2 == 0, _NEVER, 0.0))
+            tl.store(state_ptr + row, tl.where(row % 2 == 0, NEVER, 0.0))
         return
-    # a round of exact tokens takes about as long as half a round of coded ones: the first parts, which have them, get fewer of these
-    exact_rounds = (sinks + window + 16 * NUM_WARPS - 1) // (16 * NUM_WARPS)
-    share = NUM_WARPS // 2
     total_steps = steps + share * tl.minimum(exact_rounds, active)
     step_begin = first_step + _coded_before(part, total_steps, active, exact_rounds, share)
     step_end = first_step + _coded_before(part + 1, total_steps, active, exact_rounds, share)
@@ -383,16 +223,6 @@ def attention_kernel(
     stage_slots(k_head, step, k_pieces, lane, k_buffer, K_WORDS, K_RAW)
     stage_slots(v_head, step, v_pieces, lane, v_buffer, V_WORDS, V_RAW)
 
-    # column r as an operand of products
-    column = tl.program_id(2) * 8 + r
-    sub = column // group % JOIN
-    q_row = b * stride_qb + ((h * JOIN + sub) * group + column % group) * stride_qh + column // (JOIN * group) * stride_qs
-    q_mask = (column < queries * JOIN * group) & (h * JOIN + sub < kv_heads)
-    q_first = sub * HEAD_DIM
-    values = ()
-    for g in tl.static_range(GROUPS):
-        for v in tl.static_range(4):
-            values = values + _query_8(query_ptr, q_row, 128 * g + 32 * v + 8 * j, q_first, q_mask, HEAD_DIM)
     largest = tl.zeros([32 * NUM_WARPS], tl.float32)
     for i in tl.static_range(32 * GROUPS):
         largest = tl.maximum(largest, tl.abs(values[i]))
@@ -437,7 +267,7 @@ def attention_kernel(
     first_0 = tl.maximum(low[0], sinks)
     first_1 = tl.maximum(low[1], sinks)
 
-    m0 = tl.full([32 * NUM_WARPS], _NEVER, tl.float32)
+    m0 = tl.full([32 * NUM_WARPS], NEVER, tl.float32)
     zero = tl.zeros([32 * NUM_WARPS], tl.float32)
     state = (m0, m0, zero, zero)
     totals = ()
@@ -446,7 +276,7 @@ def attention_kernel(
 
     # while the tables and the first slots are on their way
     for index in range(part, exact_rounds, active):
-        state, totals = _exact_step(
+        state, totals = exact_step(
             (index * NUM_WARPS + warp) * 16 + r,
             k_exact_ptr,
             v_exact_ptr,
@@ -529,8 +359,8 @@ def attention_kernel(
             for v in tl.static_range(4):
                 e0, e1, y_u = slot_quads(y_u, odd, k_table, K_PLACE, TWO_CODES)
                 f0, f1, y_v = slot_quads(y_v, odd, k_table, K_PLACE, TWO_CODES)
-                a0, a2 = decode_vector(e0, e1, v, signs_u, raw_u, K_RICE, K_SHIFT, "e8")
-                a1, a3 = decode_vector(f0, f1, v, signs_v, raw_v, K_RICE, K_SHIFT, "e8")
+                a0, a2 = decode_vector_e8(e0, e1, v, signs_u, raw_u, K_RICE, K_SHIFT, BIASED=False)
+                a1, a3 = decode_vector_e8(f0, f1, v, signs_v, raw_v, K_RICE, K_SHIFT, BIASED=False)
                 b0, b1, c0, c1 = q_high[8 * g + 2 * v], q_high[8 * g + 2 * v + 1], q_low[8 * g + 2 * v], q_low[8 * g + 2 * v + 1]
                 s0, s1, s2, s3 = mma_s8(s0, s1, s2, s3, a0, a1, a2, a3, b0, b1, NUM_WARPS)
                 t0, t1, t2, t3 = mma_s8(t0, t1, t2, t3, a0, a1, a2, a3, c0, c1, NUM_WARPS)
@@ -555,7 +385,7 @@ def attention_kernel(
         wait_older_copies(lane)
         v_scale_u, y_u = open_slot(v_stream_u, j, V_END, WALL_UNIT, V_GAIN)
         v_scale_v, y_v = open_slot(v_stream_v, j, V_END, WALL_UNIT, V_GAIN)
-        weights, state, totals = _weigh(scores, v_scale_u, v_scale_v, state, totals, NUM_WARPS, BLOCKS)
+        weights, state, totals = weigh(scores, v_scale_u, v_scale_v, state, totals, NUM_WARPS, BLOCKS)
         p0 = transpose(pack_halves(weights[0], weights[1], tl.float16), NUM_WARPS)
         p1 = transpose(pack_halves(weights[2], weights[3], tl.float16), NUM_WARPS)
         updated = ()
@@ -567,8 +397,8 @@ def attention_kernel(
             for v in tl.static_range(4):
                 e0, e1, y_u = slot_quads(y_u, odd, v_table, V_PLACE, TWO_CODES)
                 f0, f1, y_v = slot_quads(y_v, odd, v_table, V_PLACE, TWO_CODES)
-                codes_u = decode_vector(e0, e1, v, signs_u, raw_u, V_RICE, V_SHIFT, "e8", BIASED=True)
-                codes_v = decode_vector(f0, f1, v, signs_v, raw_v, V_RICE, V_SHIFT, "e8", BIASED=True)
+                codes_u = decode_vector_e8(e0, e1, v, signs_u, raw_u, V_RICE, V_SHIFT, BIASED=True)
+                codes_v = decode_vector_e8(f0, f1, v, signs_v, raw_v, V_RICE, V_SHIFT, BIASED=True)
                 for half in tl.static_range(2):
                     turned_u = transpose(codes_u[half], NUM_WARPS)
                     turned_v = transpose(codes_v[half], NUM_WARPS)
@@ -610,7 +440,7 @@ def attention_kernel(
     for turn in tl.static_range(8 // NUM_WARPS if NUM_WARPS < 8 else 1):
         # a warp takes a column
         c = turn * NUM_WARPS + warp
-        largest = tl.full([32 * NUM_WARPS], _NEVER, tl.float32)
+        largest = tl.full([32 * NUM_WARPS], NEVER, tl.float32)
         for w in tl.static_range(NUM_WARPS):
             largest = tl.maximum(largest, load_shared(states + (w * 64 + c * 8)).to(tl.float32, bitcast=True))
         shares = ()
@@ -639,56 +469,3 @@ def attention_kernel(
         if SPLIT:
             tl.store(state_ptr + part_row * 2, largest, mask=real & (lane == 0))
             tl.store(state_ptr + part_row * 2 + 1, norm, mask=real & (lane == 0))
-
-
-@triton.jit(do_not_specialize=["queries", "group", "heads", "kv_heads", "splits", "column_blocks"])
-def combine_kernel(
-    partial_ptr,  # [B * heads, column_blocks, splits, 8, TILE] fp32
-    state_ptr,  # [B * heads, column_blocks, splits, 8, 2] fp32
-    out_ptr,  # [B, kv_heads * group, queries, HEAD_DIM]
-    queries,
-    group,
-    heads,
-    kv_heads,
-    splits,
-    column_blocks,
-    TILE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    JOIN: tl.constexpr,
-    STEP: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Program (i, c): column c of head i of slots, from the parts that `attention_kernel` took."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    unit = tl.program_id(0)
-    column = tl.program_id(1)
-    b = unit // heads
-    h = unit % heads
-    d = tl.arange(0, TILE)
-    total = tl.zeros([TILE], tl.float32)
-    norm = 0.0
-    largest = _NEVER
-    for first in range(0, splits, STEP):
-        p = first + tl.arange(0, STEP)
-        row = ((unit * column_blocks + column // 8) * splits + p) * 8 + column % 8
-        mask = p < splits
-        m = tl.load(state_ptr + row * 2, mask=mask, other=_NEVER)
-        part_norm = tl.load(state_ptr + row * 2 + 1, mask=mask, other=0.0)
-        # on their way before it is known which of them were written
-        parts = tl.load(partial_ptr + row.to(tl.int64)[:, None] * TILE + d[None, :], mask=mask[:, None], other=0.0)
-        parts = tl.where((m > _NEVER)[:, None], parts, 0.0)
-        m_new = tl.maximum(largest, tl.max(m, 0))
-        share = tl.exp2(m - m_new)
-        before = tl.exp2(largest - m_new)
-        norm = norm * before + tl.sum(share * part_norm, 0)
-        total = total * before + tl.sum(share[:, None] * parts, 0)
-        largest = m_new
-    sub = column // group % JOIN
-    place = d - sub * HEAD_DIM
-    mask = (place >= 0) & (place < HEAD_DIM) & (h * JOIN + sub + d * 0 < kv_heads)
-    head = (b * kv_heads + h * JOIN + sub) * group + column % group
-    row = (head * queries + column // (JOIN * group)).to(tl.int64)
-    value = total / tl.where(norm > 0, norm, 1.0)
-    tl.store(out_ptr + row * HEAD_DIM + place, value.to(out_ptr.dtype.element_ty), mask=mask)

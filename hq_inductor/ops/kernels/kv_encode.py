@@ -3,10 +3,9 @@
 Definition.  As `hq_inductor.format.quantizer`: the finest scale at which the code fits, points by error plus lambda times bits (effort 0:
              lambda 0, the nearest ones), then the least lambda that fits at that scale, and the least-squares scale. Slots decode with
              `hq_inductor.format.rice`; they need not equal the CPU's bit by bit, because the search differs.
-Search.      32 candidates at a time: neighbouring scales around the root mean square; for effort 1 then 32 lambdas at the finest one that
-             fits. If no scale fits, or the very finest does, the window moves by its width: for 99 in 100 Gaussians it does not.
-             Of each round the first candidate that fits leaves its codes, so what is written is what was measured. Nothing fitting
-             leaves zeros, which do.
+Search.      A window of candidates at a time: neighbouring scales around the root mean square; for effort 1 then as many lambdas at the
+             finest one that fits. If no scale fits, or the very finest does, the window moves by its width. Of each round the first
+             candidate that fits leaves its codes, so what is written is what was measured. Nothing fitting leaves zeros, which do.
 Work.        A thread takes one vector for one candidate, all 8 coordinates in registers; candidates are rows, vectors columns.
              Positions of codes are prefix sums of their lengths; words are sums over all vectors of the bits each has there.
 """
@@ -20,14 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .activations import round_to_even
 from .bits import reverse_bits, shift_right
 
-_CANDIDATES = tl.constexpr(32)
-# scales tried, by effort, that are finer than the one at which Gaussians come to rest on the average (`start_rms`). Measured, 1.75 to 6
-# bps, head_dim 96 to 256: the finest that fits is 16 finer to 14 coarser for effort 1, 10 finer to 27 coarser for effort 0, which needs
-# more bits
-_FINER = tl.constexpr((8, 15))
 _SCALE_CODES = tl.constexpr(4096)
-# windows that cover all scales
-_MAX_ROUNDS = tl.constexpr(4096 // 32 + 4)
 
 
 @triton.jit
@@ -45,17 +37,19 @@ def _code_of(scale):
 
 @triton.jit
 def _round_coset(y, coset: tl.constexpr, price, bits_ptr, LIMIT: tl.constexpr, EFFORT: tl.constexpr):
-    """Cheapest point of one coset of 2 E8 for vectors of 8 tensors: the t of `2 t + coset`, and its cost."""
+    """Cheapest t of each coordinate `2 t + coset` of vectors of 8 tensors; where their sum is odd, which one moves; and the cost with that.
+
+    A move is `2 i` for one up of coordinate i, `2 i + 1` for one down, -1 for none.
+    """
     parity = (y[0] * 0).to(tl.int32)
     cost = y[0] * 0
     least = y[0] * 0 + 1.0e30
-    which = parity
-    step = parity
+    move = parity
     chosen = ()
     for i in tl.static_range(8):
         t = y[i] * 0.5 - 0.5 * coset
         # floor, or one less for integers; in the range of symbols with the one above
-        below = tl.minimum(tl.maximum(round_to_even(tl.minimum(tl.maximum(t, -2.0 * LIMIT), 2.0 * LIMIT) - 0.5), -1.0 * LIMIT), LIMIT - 2.0)
+        below = tl.minimum(tl.maximum(round_to_even(t - 0.5), -1.0 * LIMIT), LIMIT - 2.0)
         rest = t - below
         # |rest - 1|^2 - |rest|^2 = 1 - 2 rest, for steps of 2
         difference = 4.0 - 8.0 * rest
@@ -72,15 +66,10 @@ def _round_coset(y, coset: tl.constexpr, price, bits_ptr, LIMIT: tl.constexpr, E
         loss = tl.abs(difference)
         better = loss < least
         least = tl.where(better, loss, least)
-        which = tl.where(better, i, which)
-        step = tl.where(better, tl.where(above, -1, 1), step)
+        move = tl.where(better, tl.where(above, 2 * i + 1, 2 * i), move)
         chosen = chosen + (symbol,)
     odd = (parity & 1) != 0
-    cost = tl.where(odd, cost + least, cost)
-    fixed = ()
-    for i in tl.static_range(8):
-        fixed = fixed + (tl.where(odd & (which == i), chosen[i] + step, chosen[i]),)
-    return fixed, cost
+    return chosen, tl.where(odd, move, -1), tl.where(odd, cost + least, cost)
 
 
 @triton.jit
@@ -169,6 +158,8 @@ def encode_kernel(
     VECTORS: tl.constexpr,  # power of two, at least TILE / 8
     STREAM_PAD: tl.constexpr,  # power of two, at least the words of the stream plane
     EFFORT: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+    FINER: tl.constexpr,  # candidates that are finer than the scale at which Gaussians come to rest on the average (`start_rms`)
     PDL: tl.constexpr,
 ):
     """Program (i, s): token s of head i of slots."""
@@ -179,6 +170,8 @@ def encode_kernel(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
+    # windows that cover all scales
+    MAX_ROUNDS: tl.constexpr = 4096 // CANDIDATES + 4
     unit = tl.program_id(0)
     s = tl.program_id(1)
     b = unit // heads
@@ -203,9 +196,9 @@ def encode_kernel(
     # finer ones clip too much of the largest coordinate
     start = tl.maximum(start, _code_of(tl.max(largest, 0) / (2.0 * LIMIT - 2.0 + tl.sqrt(overload))))
 
-    number = tl.arange(0, _CANDIDATES)
+    number = tl.arange(0, CANDIDATES)
     left_lanes = (vector % 4 < 2)[None, :]
-    base = start - _FINER[EFFORT]
+    base = start - FINER
     code = start
     low = vector * 0
     high = vector * 0
@@ -216,20 +209,25 @@ def encode_kernel(
     while stage < 2:
         codes = tl.minimum(tl.maximum(tl.where(stage == 0, base + number, code), 0), _SCALE_CODES - 1)
         factor = (1.0 / _scale_of(codes))[:, None]
-        row_price = (price * tl.where(stage == 0, 1.0, number.to(tl.float32) / _CANDIDATES))[:, None]
+        row_price = (price * tl.where(stage == 0, 1.0, number.to(tl.float32) / CANDIDATES))[:, None]
         y = ()
-        clipped = tl.zeros([_CANDIDATES, VECTORS], tl.float32)
+        clipped = tl.zeros([CANDIDATES, VECTORS], tl.float32)
         for i in tl.static_range(8):
-            scaled = x[i][None, :] * factor
+            # the end of the range of integers in fp32 is far beyond that of codes
+            scaled = tl.minimum(tl.maximum(x[i][None, :] * factor, -1048576.0), 1048576.0)
             excess = tl.maximum(tl.abs(scaled) - (2.0 * LIMIT - 2.0), 0.0)
             clipped += excess * excess
             y = y + (scaled,)
-        even, even_cost = _round_coset(y, 0, row_price, bits_ptr, LIMIT, EFFORT)
-        odd, odd_cost = _round_coset(y, 1, row_price, bits_ptr, LIMIT, EFFORT)
+        even, even_move, even_cost = _round_coset(y, 0, row_price, bits_ptr, LIMIT, EFFORT)
+        odd, odd_move, odd_cost = _round_coset(y, 1, row_price, bits_ptr, LIMIT, EFFORT)
         is_even = even_cost <= odd_cost
+        move = tl.where(is_even, even_move, odd_move)
+        moved_place = move >> 1
+        step = 1 - 2 * (move & 1)
         t = ()
         for i in tl.static_range(8):
-            t = t + (tl.where(is_even, even[i], odd[i]),)
+            unmoved = tl.where(is_even, even[i], odd[i])
+            t = t + (tl.where(moved_place == i, unmoved + step, unmoved),)
         # symbols are the t of both cosets: odd codes are complemented, 2 t + 1 = (2 t') ^ -1 with t' = -t - 1, and so are t
         length = tl.load(lengths_ptr + _quad(t[0], t[1], t[2], t[3], K, CLASSES))
         length += tl.load(lengths_ptr + _quad(t[4], t[5], t[6], t[7], K, CLASSES))
@@ -237,8 +235,8 @@ def encode_kernel(
         both = tl.sum(tl.where(left_lanes, length, length << 16), 1)
         wall_code, wall = _wall(both & 0xFFFF, END, WALL_UNIT)
         fits = (wall_code <= 15) & ((both >> 16) <= END - wall) & (tl.sum(clipped, 1) <= overload)
-        first = tl.min(tl.where(fits, number, _CANDIDATES), 0)
-        found = first < _CANDIDATES
+        first = tl.min(tl.where(fits, number, CANDIDATES), 0)
+        found = first < CANDIDATES
         mine = (number == first)[:, None]
         new_low = tl.sum(tl.where(mine, _pack_4(t[0], t[1], t[2], t[3]), 0), 0)
         new_high = tl.sum(tl.where(mine, _pack_4(t[4], t[5], t[6], t[7]), 0), 0)
@@ -250,14 +248,14 @@ def encode_kernel(
         rounds += 1
         if stage == 0:
             code = tl.where(found, tl.minimum(tl.maximum(base + first, 0), _SCALE_CODES - 1), code)
-            up = (found == 0) & (moved >= 0) & (base < _SCALE_CODES) & (rounds < _MAX_ROUNDS)
-            down = (first == 0) & (moved <= 0) & (base > 0) & (rounds < _MAX_ROUNDS)
+            up = (found == 0) & (moved >= 0) & (base < _SCALE_CODES) & (rounds < MAX_ROUNDS)
+            down = (first == 0) & (moved <= 0) & (base > 0) & (rounds < MAX_ROUNDS)
             if up:
                 moved = 1
-                base += _CANDIDATES
+                base += CANDIDATES
             elif down:
                 moved = -1
-                base -= _CANDIDATES
+                base -= CANDIDATES
             else:
                 stage = 1 if EFFORT > 0 else 2
         else:

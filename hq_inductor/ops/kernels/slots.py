@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .bits import funnel_left, reverse_bits, rotate_left, shift_right
+from .bits import INTERPRETED, funnel_left, reverse_bits, rotate_left, shift_right
 from .shared import commit_copies, copy_async_16, load_shared
 from .tile import read_header
 
@@ -86,13 +86,28 @@ def open_slot(address, j, END: tl.constexpr, WALL_UNIT: tl.constexpr, GAIN: tl.c
     return scale, address * 8 + tl.where((j == 0) | (j == 3), edge, middle)
 
 
+if INTERPRETED:
+
+    @triton.jit
+    def word_number(y):
+        return y >> 5
+
+else:
+
+    @triton.jit
+    def word_number(y):
+        """Number of the word that bit `y` lies in, by an instruction that the compiler leaves alone."""
+        return tl.inline_asm_elementwise("shr.u32 $0, $1, 5;", "=r,r", [y], tl.int32, is_pure=True, pack=1)
+
+
 @triton.jit
 def slot_quads(y, odd, table, LENGTH_PLACE: tl.constexpr, MIRRORED: tl.constexpr):
     """Table entries of the lane's next vector and the cursor after it; `table`: address of the lane's table.
 
     MIRRORED: odd lanes turn their window round and share the table of the even ones, which leaves room for that of another code.
     """
-    address = (y >> 3) & -4
+    # not (y >> 3) & -4: the product is not on the integer pipe, which is the busiest
+    address = word_number(y) * 4
     window = funnel_left(load_shared(address), load_shared(address + 4), y)
     if MIRRORED:
         window = rotate_left(tl.where(odd != 0, reverse_bits(window), window), y * 0 + 14)

@@ -191,7 +191,7 @@ def _field(x, place: tl.constexpr, target: tl.constexpr):
 
 @triton.jit
 def _half(entry, v: tl.constexpr, h: tl.constexpr, signs, raw, complement, K: tl.constexpr, SHIFT: tl.constexpr, LATTICE: tl.constexpr):
-    """Four codes; for e8, whatever `complement` has set is inverted: all above the codes' unit for odd vectors."""
+    """Four codes; `complement` is all ones above the codes' unit for odd e8 vectors."""
     unit: tl.constexpr = SHIFT - K + 1  # place of the lowest magnitude bit
     pair: tl.constexpr = 4 * (v % 2) + 2 * h
     single: tl.constexpr = pair + v // 2
@@ -218,13 +218,8 @@ def _half(entry, v: tl.constexpr, h: tl.constexpr, signs, raw, complement, K: tl
 
 
 @triton.jit
-def decode_vector(
-    entry0, entry1, v: tl.constexpr, signs, raw, K: tl.constexpr, SHIFT: tl.constexpr, LATTICE: tl.constexpr, BIASED: tl.constexpr = False
-):
-    """Codes of vector `v` (0 to 3) of a group: symbols 0 to 3 and 4 to 7, four int8 each. `signs` from `restore_signs`.
-
-    BIASED, for e8: four uint8 that are 128 more instead, at no cost.
-    """
+def decode_vector(entry0, entry1, v: tl.constexpr, signs, raw, K: tl.constexpr, SHIFT: tl.constexpr, LATTICE: tl.constexpr):
+    """Codes of vector `v` (0 to 3) of a group: symbols 0 to 3 and 4 to 7, four int8 each. `signs` from `restore_signs`."""
     complement = signs
     if LATTICE == "e8":
         unit: tl.constexpr = SHIFT - K
@@ -232,8 +227,6 @@ def decode_vector(
         complement = spread_sign(raw[0] << (5 - 4 * (v % 2) - v // 2))
         if unit > 0:
             complement = complement & ((((0xFF << unit) & 0xFF) * 0x01010101) - (1 << 32))
-        if BIASED:
-            complement = complement ^ -0x7F7F7F80
     if K == 1:
         if LATTICE == "e8":
             odd = parity((entry0 ^ entry1) & (0x01010101 << SHIFT))
@@ -243,4 +236,43 @@ def decode_vector(
             signs = signs ^ (parity(entry1 & (0x01010101 << SHIFT)) << (26 + 4 * (v % 2) + v // 2))
     low = _half(entry0, v, 0, signs, raw, complement, K, SHIFT, LATTICE)
     high = _half(entry1, v, 1, signs, raw, complement, K, SHIFT, LATTICE)
+    return low, high
+
+
+@triton.jit
+def _half_e8(
+    entry, v: tl.constexpr, h: tl.constexpr, signs, raw, coset, addend, K: tl.constexpr, SHIFT: tl.constexpr, BIASED: tl.constexpr
+):
+    """Four codes; `coset` is all ones for odd vectors, `addend` what of a code does not depend on its symbol."""
+    UNIT: tl.constexpr = SHIFT - K + 1  # place of the lowest magnitude bit
+    PAIR: tl.constexpr = 4 * (v % 2) + 2 * h
+    SINGLE: tl.constexpr = PAIR + v // 2
+    # the sign's place less what can be multiplied up to the unit
+    BASE: tl.constexpr = SINGLE // 4 * 4 if UNIT >= 3 else SINGLE // 2 * 2
+    PLACE: tl.constexpr = SINGLE - BASE
+    sign = (shift_right(signs, BASE) ^ coset) & (0x01010101 << PLACE)
+    # all bits of a byte from the unit on; of biased ones the highest is inverted
+    FACTOR: tl.constexpr = -((1 << UNIT) >> PLACE) if BIASED else ((0xFF << UNIT) & 0xFF) >> PLACE
+    codes = sign * FACTOR + addend
+    if K == 2:
+        codes = and_xor(_field(raw[1], SINGLE, UNIT), 0x01010101 << UNIT, codes)
+    if K >= 3:
+        codes = and_xor(_field(raw[1 + v // 2], PAIR, UNIT), 0x03030303 << UNIT, codes)
+    if K == 4:
+        codes = and_xor(_field(raw[3], SINGLE, UNIT + 2), 0x01010101 << (UNIT + 2), codes)
+    if K == 5:
+        codes = and_xor(_field(raw[3 + v // 2], PAIR, UNIT + 2), 0x03030303 << (UNIT + 2), codes)
+    return and_xor(entry, 0x07070707 << SHIFT if SHIFT < 5 else 0x60606060, codes)
+
+
+@triton.jit
+def decode_vector_e8(entry0, entry1, v: tl.constexpr, signs, raw, K: tl.constexpr, SHIFT: tl.constexpr, BIASED: tl.constexpr):
+    """As `decode_vector` for e8, with signs spread by products, which are not on the integer pipe. BIASED: four uint8, 128 more."""
+    COSET_UNIT: tl.constexpr = 0x01010101 << (SHIFT - K)
+    coset = spread_sign(raw[0] << (5 - 4 * (v % 2) - v // 2))
+    addend = and_xor(coset, COSET_UNIT, coset * 0 - 0x7F7F7F80) if BIASED else coset & COSET_UNIT
+    if K == 1:
+        signs = signs ^ (parity((entry0 ^ entry1) & (0x01010101 << SHIFT)) << (26 + 4 * (v % 2) + v // 2))
+    low = _half_e8(entry0, v, 0, signs, raw, coset, addend, K, SHIFT, BIASED)
+    high = _half_e8(entry1, v, 1, signs, raw, coset, addend, K, SHIFT, BIASED)
     return low, high

@@ -14,12 +14,12 @@ from tests.kv_reference import attend_ref, decode_slots, encode_slots, random_ca
 # bps (of keys and of values), head_dim, tile, batch, slots, group, queries, max_tokens, length, sinks, window, sliding, start, mask, dtype,
 # corrupt, launch
 ATTENTION = [
-    (4.0, 128, 128, 2, 1, 4, 1, 96, 90, 4, 16, 0, True, False, torch.bfloat16, True, AttentionLaunch(2, 1)),
+    (4.0, 128, 128, 2, 1, 4, 1, 48, 45, 4, 8, 0, True, False, torch.bfloat16, False, AttentionLaunch(2, 1)),
     (2.0, 128, 128, 1, 1, 8, 1, 64, 60, 4, 12, 0, False, False, torch.float16, False, AttentionLaunch(1, 2)),
-    ((3.0, 2.0), 128, 128, 1, 1, 3, 3, 44, 44, 3, 1, 0, False, True, torch.bfloat16, False, AttentionLaunch(1, 4)),
-    (2.5, 64, 128, 1, 1, 2, 2, 48, 40, 0, 8, 0, False, False, torch.bfloat16, False, AttentionLaunch(2, 1)),
+    ((3.0, 2.0), 128, 128, 1, 1, 3, 3, 44, 44, 3, 1, 0, False, True, torch.bfloat16, False, AttentionLaunch(1, 2)),
+    (2.5, 64, 128, 1, 1, 2, 2, 48, 40, 0, 8, 0, False, False, torch.bfloat16, True, AttentionLaunch(2, 1)),
     ((3.5, 4.0), 128, 128, 1, 1, 4, 2, 48, 48, 4, 8, 24, False, False, torch.float16, False, AttentionLaunch(1, 1)),
-    (5.0, 128, 128, 1, 1, 4, 1, 32, 20, 0, 0, 0, False, False, torch.bfloat16, False, AttentionLaunch(1, 1)),
+    (5.0, 128, 128, 1, 1, 4, 1, 32, 20, 0, 0, 0, False, False, torch.bfloat16, True, AttentionLaunch(1, 1)),
     (4.0, 256, 256, 1, 1, 2, 1, 40, 40, 4, 20, 0, False, False, torch.bfloat16, False, AttentionLaunch(1, 1)),
     (4.0, 128, 128, 1, 1, 4, 2, 64, 3, 4, 16, 0, False, False, torch.bfloat16, False, AttentionLaunch(1, 2)),
 ]

@@ -6,8 +6,9 @@ triton = pytest.importorskip("triton")
 
 from hq_inductor.format.kv import kv_layout  # noqa: E402
 from hq_inductor.ops.fused_kv import attention_launch  # noqa: E402
-from hq_inductor.ops.kernels.attention import attention_kernel, combine_kernel  # noqa: E402
+from hq_inductor.ops.kernels.attention import attention_kernel  # noqa: E402
 from hq_inductor.ops.kernels.kv_encode import encode_kernel  # noqa: E402
+from hq_inductor.ops.kernels.softmax import combine_kernel  # noqa: E402
 
 from .test_compile_ahead import compile_ahead, loop_of  # noqa: E402
 
@@ -79,8 +80,11 @@ def test_combine(capability, tmp_path):
     assert "LDL" not in sass and "STL" not in sass, "spilled registers"
 
 
-@pytest.mark.parametrize(("capability", "bps", "effort"), [(80, 4.0, 1), (90, 4.0, 1), (90, 2.0, 0), (100, 3.0, 1)])
-def test_encode(capability, bps, effort, tmp_path):
+@pytest.mark.parametrize(
+    ("capability", "bps", "effort", "candidates"),
+    [(80, 4.0, 1, 32), (90, 4.0, 1, 32), (90, 4.0, 1, 16), (90, 2.0, 0, 32), (100, 3.0, 1, 16)],
+)
+def test_encode(capability, bps, effort, candidates, tmp_path):
     layout = kv_layout(128, bps).tile
     constants = {
         "K": layout.rice_parameter,
@@ -94,6 +98,8 @@ def test_encode(capability, bps, effort, tmp_path):
         "VECTORS": 16,
         "STREAM_PAD": triton.next_power_of_2(layout.stream_words),
         "EFFORT": effort,
+        "CANDIDATES": candidates,
+        "FINER": 8,
         "PDL": capability >= 90,
     }
     pointers = {
@@ -106,5 +112,5 @@ def test_encode(capability, bps, effort, tmp_path):
     }
     sizes = ("heads", "all_heads", "max_tokens", "stride_xb", "stride_xh", "stride_xs")
     signature = {**pointers, **dict.fromkeys(sizes, "i32"), **dict.fromkeys(("price", "start_rms", "overload"), "fp32")}
-    sass, _, _ = compile_ahead(encode_kernel, signature, constants, capability, 8, tmp_path)
+    sass, _, _ = compile_ahead(encode_kernel, signature, constants, capability, candidates // 4, tmp_path)
     assert "LDL" not in sass and "STL" not in sass, "spilled registers"

@@ -1,188 +1,31 @@
-"""A KV cache of entropy-coded slots for one attention layer, and the two functions that it is made of.
+"""The KV cache of one attention layer.
 
-Definition.  `kv_encode` rotates new keys or values and writes them to slots and exact buffers; `kv_attention` rotates queries, attends over
-             both and rotates the result back. `QuantizedKV` holds the tensors of a layer and calls them.
+Definition.  `QuantizedKV` holds slots, exact tokens and their number, and calls `kv_encode` and `kv_attention`
+             (`hq_inductor.cache.functional`).
 Invariants.  All tensors are allocated once and changed in place; the number of tokens is a tensor on the device. So a step has static
              shapes, needs no host sync, and compiles into one graph or a CUDA graph. What does not fit is refused before anything is
              written; where lengths are unknown to the host (compiled, or on CUDA after compiled steps), tokens beyond the end are dropped.
+Why an offset.  Keys of one head share a large constant part, which costs bits and decides nothing: adding one vector to all keys adds one
+             number to all scores of a query. So the mean of the first tokens is subtracted from all keys that are stored, exactly. On a
+             24M-parameter Llama this lowers the divergence at 2 bits by a quarter; for values, it was measured to do nothing.
 Why exact tokens.  Attention looks most at the first tokens and at the newest. Sixty-eight of them in bf16 are little beside thousands.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
-from .format.dither import check_dither
-from .format.kv import KVLayout, exact_index, kv_layout
-from .format.quantizer import check_effort
-from .format.rates import check_rate
-from .format.rotation import check_rotation, role_seed, rotation_matrix
-from .ops.attention import merge_exact
-from .ops.kv import write_rows
+from ..format.kv import KVLayout, exact_index, kv_layout
+from ..format.rotation import role_seed, rotation_matrix
+from ..ops.attention import merge_exact
+from ..ops.kv import write_rows
+from .config import KVConfig
+from .functional import kv_attention, kv_encode, rotate
 
 # kernels read slots of this many tokens at a time
 TOKEN_BLOCK = 16
-
-
-@dataclass(frozen=True)
-class KVConfig:
-    """How keys and values are stored.
-
-    Args:
-        k_bps, v_bps: bits per value, everything in the slots included; a multiple of 1/8 from 1.75 to 6. The same rate for both is faster.
-        lattice: one of `"e8"`, `"d4"`, `"a2"`, `"z"`.
-        rotation: `"haar"`, `"hadamard"` or `"none"` (`hq_inductor.format.rotation`).
-        window: newest tokens that are also kept exact.
-        sinks: first tokens that are also kept exact.
-        effort: encoder's effort, 0 to 2 (`hq_inductor.format.quantizer`).
-        dither: None, `"half"` or `"full"` (`hq_inductor.format.dither`): unbiased, coarser and slower.
-        seed: of rotations and dither.
-
-    Raises:
-        ValueError, TypeError: an argument is out of range.
-    """
-
-    k_bps: float = 4.0
-    v_bps: float = 4.0
-    lattice: str = "e8"
-    rotation: str = "haar"
-    window: int = 64
-    sinks: int = 4
-    effort: int = 1
-    dither: str | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_rate(self.k_bps, self.lattice)
-        check_rate(self.v_bps, self.lattice)
-        check_rotation(self.rotation)
-        check_effort(self.effort)
-        check_dither(self.dither)
-        for name in ("window", "sinks"):
-            number = getattr(self, name)
-            if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-                raise ValueError(f"{name} must be an integer of at least 0, got {number!r}")
-
-
-def _rotate(x: torch.Tensor, matrix: torch.Tensor | None) -> torch.Tensor:
-    return x if matrix is None else x @ matrix.to(x.dtype)
-
-
-def _check_words(name: str, words: torch.Tensor, layout: KVLayout) -> None:
-    if words.shape[-1] != layout.tile.words:
-        bps = 32 * layout.tile.words / layout.tile.tile
-        raise ValueError(f"{name} must have {layout.tile.words} words per slot ({bps:g} bits per value), got {words.shape[-1]}")
-
-
-@torch.no_grad()
-def kv_encode(
-    words: torch.Tensor,
-    exact: torch.Tensor,
-    x: torch.Tensor,
-    position: torch.Tensor,
-    layout: KVLayout,
-    rotation: torch.Tensor | None = None,
-    *,
-    sinks: int,
-    window: int,
-    effort: int = 1,
-    dither: str | None = None,
-    seed: int = 0,
-) -> None:
-    """Write new keys or values of a layer into its cache, in place.
-
-    Args:
-        words: int32 `[B, slots, max_tokens, words]`.
-        exact: `[B, kv_heads, sinks + window, head_dim]`.
-        x: `[B, kv_heads, S, head_dim]`, not rotated.
-        position: int64 `[S]` on the device, consecutive; those outside of `[0, max_tokens)` are not written.
-        layout: from `hq_inductor.format.kv.kv_layout`.
-        rotation: `[head_dim, head_dim]`, applied from the right, or None.
-        sinks, window, effort, dither, seed: see `KVConfig`; `seed` is that of layer and role.
-
-    Raises:
-        ValueError, TypeError: shapes, dtypes or rates do not fit together.
-    """
-    _check_words("words", words, layout)
-    if x.shape[-1] != layout.head_dim:
-        raise ValueError(f"x must have head_dim={layout.head_dim}, got {x.shape[-1]}")
-    x = _rotate(x, rotation)
-    lattice, tile, code = layout.tile.lattice, layout.tile.tile, layout.tile.code
-    torch.ops.hyperquant.kv_store(words, x, position, lattice, tile, code, effort, dither, seed)
-    index = exact_index(position, sinks, window)
-    newest = (position < sinks) | (position > position[-1:] - window)
-    inside = (position >= 0) & (position < words.shape[2])
-    write_rows(exact, torch.where(newest & inside, index, -1), x.to(exact.dtype))
-
-
-@torch.no_grad()
-def kv_attention(
-    query: torch.Tensor,
-    k_words: torch.Tensor,
-    v_words: torch.Tensor,
-    k_exact: torch.Tensor,
-    v_exact: torch.Tensor,
-    length: torch.Tensor,
-    k_layout: KVLayout,
-    v_layout: KVLayout,
-    k_rotation: torch.Tensor | None = None,
-    v_rotation: torch.Tensor | None = None,
-    *,
-    sinks: int,
-    window: int,
-    start: torch.Tensor | None = None,
-    mask: torch.Tensor | None = None,
-    scale: float | None = None,
-    sliding_window: int = 0,
-    dither: str | None = None,
-    k_seed: int = 0,
-    v_seed: int = 0,
-) -> torch.Tensor:
-    """Causal attention of the newest tokens over a cache that `kv_encode` has written, theirs included.
-
-    Args:
-        query: `[B, Hq, S, head_dim]`, not rotated; the S newest tokens.
-        k_words, v_words, k_exact, v_exact: as for `kv_encode`.
-        length: int64 `[1]` on the device, tokens stored.
-        start: int64 `[B]`, first position that counts (left padding), or None.
-        mask: bool (true: seen) or added to the scores, `[B or 1, 1 or Hq, S, max_tokens or more]`, or None.
-        scale: of the scores; None: `head_dim ** -0.5`.
-        sliding_window: positions that a query sees, its own included; 0: all.
-
-    Returns:
-        `[B, Hq, S, head_dim]`, dtype of `query`; zeros where nothing is seen.
-
-    Raises:
-        ValueError, TypeError: shapes, dtypes or rates do not fit together.
-    """
-    _check_words("k_words", k_words, k_layout)
-    _check_words("v_words", v_words, v_layout)
-    if query.shape[-1] != k_layout.head_dim:
-        raise ValueError(f"query must have head_dim={k_layout.head_dim}, got {query.shape[-1]}")
-    out = torch.ops.hyperquant.kv_attention(
-        _rotate(query, k_rotation),
-        k_words,
-        v_words,
-        k_exact,
-        v_exact,
-        length,
-        start,
-        mask,
-        query.shape[-1] ** -0.5 if scale is None else scale,
-        sinks,
-        window,
-        sliding_window,
-        k_layout.tile.lattice,
-        k_layout.tile.tile,
-        k_layout.tile.code,
-        v_layout.tile.code,
-        dither,
-        k_seed,
-        v_seed,
-    )
-    return _rotate(out, None if v_rotation is None else v_rotation.t())
+# fewer tokens than this say little about the mean of all
+MIN_CENTER_TOKENS = 16
 
 
 class QuantizedKV:
@@ -199,6 +42,7 @@ class QuantizedKV:
     Attributes:
         k_words, v_words: int32 `[B, slots, max_tokens, words]`.
         k_exact, v_exact: `[B, kv_heads, sinks + window, head_dim]`, rotated.
+        k_offset: `[B, kv_heads, 1, head_dim]` fp32, what was subtracted from the keys.
         length: int64 `[1]`, tokens stored.
         start: int64 `[B]`, first position of each row that counts; None: 0. Set it for left-padded batches.
 
@@ -237,8 +81,10 @@ class QuantizedKV:
             )
             shape = (batch, kv_heads, config.sinks + config.window, head_dim)
             self.k_exact, self.v_exact = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+            self.k_offset = torch.zeros(batch, kv_heads, 1, head_dim, dtype=torch.float32, device=device)
             self.length = torch.zeros(1, dtype=torch.int64, device=device)
         self.start: torch.Tensor | None = None
+        self._centered = not config.center
         # a lower bound of the length: steps that are compiled do not count
         self._counted = 0
         rotations = (
@@ -252,11 +98,11 @@ class QuantizedKV:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What is stored, by name. None of them is ever replaced but by `select_batch`."""
-        return {name: getattr(self, name) for name in ("k_words", "v_words", "k_exact", "v_exact", "length")}
+        return {name: getattr(self, name) for name in ("k_words", "v_words", "k_exact", "v_exact", "k_offset", "length")}
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of slots and exact tokens."""
+        """Bytes of slots, exact tokens and the offset."""
         return sum(t.numel() * t.element_size() for name, t in self.tensors().items() if name != "length")
 
     @property
@@ -292,10 +138,14 @@ class QuantizedKV:
         tokens, config = k.shape[2], self.config
         if tokens == 0:
             return
+        if not self._centered:
+            self._centered = True
+            if tokens >= MIN_CENTER_TOKENS:
+                self.k_offset.copy_(k.detach().mean(2, keepdim=True, dtype=torch.float32))
         position = self.length + torch.arange(tokens, device=self.length.device)
-        for words, exact, x, layout, rotation, seed in (
-            (self.k_words, self.k_exact, k, self.k_layout, self.k_rotation, self.k_seed),
-            (self.v_words, self.v_exact, v, self.v_layout, self.v_rotation, self.v_seed),
+        for words, exact, x, layout, rotation, offset, seed in (
+            (self.k_words, self.k_exact, k, self.k_layout, self.k_rotation, self.k_offset, self.k_seed),
+            (self.v_words, self.v_exact, v, self.v_layout, self.v_rotation, None, self.v_seed),
         ):
             kv_encode(
                 words,
@@ -306,6 +156,7 @@ class QuantizedKV:
                 rotation,
                 sinks=config.sinks,
                 window=config.window,
+                offset=offset if config.center else None,
                 effort=config.effort,
                 dither=config.dither,
                 seed=seed,
@@ -343,16 +194,24 @@ class QuantizedKV:
         return torch.ops.hyperquant.kv_load(words, self.head_dim, tile.lattice, tile.tile, tile.code, dtype, self.config.dither, seed)
 
     @torch.no_grad()
+    def _dequantize(
+        self, words: torch.Tensor, exact: torch.Tensor, layout: KVLayout, rotation: torch.Tensor | None, seed: int
+    ) -> torch.Tensor:
+        states = merge_exact(self._load(words, layout, seed), exact, self.length, self.config.sinks, self.config.window)
+        return rotate(states, None if rotation is None else rotation.t())
+
+    def keys(self) -> torch.Tensor:
+        """Keys of all positions, not rotated, `[B, kv_heads, max_tokens, head_dim]`; those beyond `length` are arbitrary."""
+        keys = self._dequantize(self.k_words, self.k_exact, self.k_layout, self.k_rotation, self.k_seed)
+        return (keys + self.k_offset).to(keys.dtype)
+
+    def values(self) -> torch.Tensor:
+        """Values of all positions, as `keys`."""
+        return self._dequantize(self.v_words, self.v_exact, self.v_layout, self.v_rotation, self.v_seed)
+
     def dequantize(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of all positions, not rotated, `[B, kv_heads, max_tokens, head_dim]`; those beyond `length` are arbitrary."""
-        out = []
-        for words, exact, layout, rotation, seed in (
-            (self.k_words, self.k_exact, self.k_layout, self.k_rotation, self.k_seed),
-            (self.v_words, self.v_exact, self.v_layout, self.v_rotation, self.v_seed),
-        ):
-            states = merge_exact(self._load(words, layout, seed), exact, self.length, self.config.sinks, self.config.window)
-            out.append(_rotate(states, None if rotation is None else rotation.t()))
-        return out[0], out[1]
+        """`keys()` and `values()`."""
+        return self.keys(), self.values()
 
     @torch.no_grad()
     def crop(self, tokens: int) -> None:
@@ -407,4 +266,5 @@ class QuantizedKV:
     def reset(self) -> None:
         """Forget all tokens."""
         self.length.zero_()
-        self.start, self._counted = None, 0
+        self.k_offset.zero_()
+        self.start, self._counted, self._centered = None, 0, not self.config.center

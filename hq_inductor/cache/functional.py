@@ -1,0 +1,135 @@
+"""A coded KV cache as two functions of plain tensors, for code that owns its buffers and positions.
+
+Definition.  `kv_encode` subtracts an offset from new keys or values, rotates them, writes them to slots and exact buffers; `kv_attention`
+             rotates queries, attends over both (`hq_inductor.ops.attention`) and rotates the result back.
+Invariants.  No host sync, static shapes. Tokens beyond the end of the cache are dropped.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..format.kv import KVLayout, exact_index
+from ..ops.kv import write_rows
+
+
+def rotate(x: torch.Tensor, matrix: torch.Tensor | None) -> torch.Tensor:
+    """`x @ matrix` in the dtype of x; None: x."""
+    return x if matrix is None else x @ matrix.to(x.dtype)
+
+
+def _check_words(name: str, words: torch.Tensor, layout: KVLayout) -> None:
+    if words.shape[-1] != layout.tile.words:
+        bps = 32 * layout.tile.words / layout.tile.tile
+        raise ValueError(f"{name} must have {layout.tile.words} words per slot ({bps:g} bits per value), got {words.shape[-1]}")
+
+
+@torch.no_grad()
+def kv_encode(
+    words: torch.Tensor,
+    exact: torch.Tensor,
+    x: torch.Tensor,
+    position: torch.Tensor,
+    layout: KVLayout,
+    rotation: torch.Tensor | None = None,
+    *,
+    sinks: int,
+    window: int,
+    offset: torch.Tensor | None = None,
+    effort: int = 1,
+    dither: str | None = None,
+    seed: int = 0,
+) -> None:
+    """Write new keys or values of a layer into its cache, in place.
+
+    Args:
+        words: int32 `[B, slots, max_tokens, words]`.
+        exact: `[B, kv_heads, sinks + window, head_dim]`.
+        x: `[B, kv_heads, S, head_dim]`, not rotated.
+        position: int64 `[S]` on the device, consecutive; those outside of `[0, max_tokens)` are not written.
+        layout: from `hq_inductor.format.kv.kv_layout`.
+        rotation: `[head_dim, head_dim]`, applied from the right, or None.
+        offset: `[B, kv_heads, 1, head_dim]`, subtracted from x; for keys, any vector that stays the same leaves attention as it is.
+        sinks, window, effort, dither, seed: see `KVConfig`; `seed` is that of layer and role.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or rates do not fit together.
+    """
+    _check_words("words", words, layout)
+    if x.shape[-1] != layout.head_dim:
+        raise ValueError(f"x must have head_dim={layout.head_dim}, got {x.shape[-1]}")
+    x = rotate(x if offset is None else (x - offset).to(x.dtype), rotation)
+    lattice, tile, code = layout.tile.lattice, layout.tile.tile, layout.tile.code
+    torch.ops.hyperquant.kv_store(words, x, position, lattice, tile, code, effort, dither, seed)
+    index = exact_index(position, sinks, window)
+    newest = (position < sinks) | (position > position[-1:] - window)
+    inside = (position >= 0) & (position < words.shape[2])
+    write_rows(exact, torch.where(newest & inside, index, -1), x.to(exact.dtype))
+
+
+@torch.no_grad()
+def kv_attention(
+    query: torch.Tensor,
+    k_words: torch.Tensor,
+    v_words: torch.Tensor,
+    k_exact: torch.Tensor,
+    v_exact: torch.Tensor,
+    length: torch.Tensor,
+    k_layout: KVLayout,
+    v_layout: KVLayout,
+    k_rotation: torch.Tensor | None = None,
+    v_rotation: torch.Tensor | None = None,
+    *,
+    sinks: int,
+    window: int,
+    start: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    sliding_window: int = 0,
+    dither: str | None = None,
+    k_seed: int = 0,
+    v_seed: int = 0,
+) -> torch.Tensor:
+    """Causal attention of the newest tokens over a cache that `kv_encode` has written, theirs included.
+
+    Args:
+        query: `[B, Hq, S, head_dim]`, not rotated; the S newest tokens.
+        k_words, v_words, k_exact, v_exact: as for `kv_encode`.
+        length: int64 `[1]` on the device, tokens stored.
+        start: int64 `[B]`, first position that counts (left padding), or None.
+        mask: bool (true: seen) or added to the scores, `[B or 1, 1 or Hq, S, max_tokens or more]`, or None.
+        scale: of the scores; None: `head_dim ** -0.5`.
+        sliding_window: positions that a query sees, its own included; 0: all.
+
+    Returns:
+        `[B, Hq, S, head_dim]`, dtype of `query`; zeros where nothing is seen.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or rates do not fit together.
+    """
+    _check_words("k_words", k_words, k_layout)
+    _check_words("v_words", v_words, v_layout)
+    if query.shape[-1] != k_layout.head_dim:
+        raise ValueError(f"query must have head_dim={k_layout.head_dim}, got {query.shape[-1]}")
+    out = torch.ops.hyperquant.kv_attention(
+        rotate(query, k_rotation),
+        k_words,
+        v_words,
+        k_exact,
+        v_exact,
+        length,
+        start,
+        mask,
+        query.shape[-1] ** -0.5 if scale is None else scale,
+        sinks,
+        window,
+        sliding_window,
+        k_layout.tile.lattice,
+        k_layout.tile.tile,
+        k_layout.tile.code,
+        v_layout.tile.code,
+        dither,
+        k_seed,
+        v_seed,
+    )
+    return rotate(out, None if v_rotation is None else v_rotation.t())

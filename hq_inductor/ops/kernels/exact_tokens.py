@@ -1,0 +1,159 @@
+"""The tokens of the KV cache that are kept exact: 16 at a time, fp16 or bf16, in the same fragments as coded ones.
+
+Definition.  Place e of `sinks + window` holds position e if `e < sinks`, else the newest position p with
+             `p = sinks + (e - sinks) mod window`. Places that nothing was written to are not read.
+Arithmetic.  Queries in the tokens' dtype, sums in fp32; weights in two terms of bf16, or one of fp16.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .softmax import weigh
+from .warp import halves, mma_16bit, pack_halves, transpose
+from .wide import load_8_values, load_16
+
+
+@triton.jit
+def query_8(query_ptr, row_offset, d, first_dim, mask, HEAD_DIM: tl.constexpr):
+    """Coordinates `d` to `d + 7` of a column's query in the slot: zeros outside its own head."""
+    place = d - first_dim
+    return load_8_values(query_ptr + row_offset + place, mask & (place >= 0) & (place < HEAD_DIM))
+
+
+@triton.jit
+def exact_step(
+    e,
+    k_exact_ptr,
+    v_exact_ptr,
+    query_ptr,
+    query_row,
+    query_first,
+    query_mask,
+    scale,
+    low,
+    high,
+    mask_rows,
+    mask_ptr,
+    last_token,
+    length,
+    sinks,
+    window,
+    b,
+    h,
+    kv_heads,
+    j,
+    state,
+    totals,
+    HEAD_DIM: tl.constexpr,
+    JOIN: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    NUM_WARPS: tl.constexpr,
+):
+    """16 tokens of the exact buffers, of which this thread holds number `e` and `e + 8`."""
+    dtype: tl.constexpr = k_exact_ptr.dtype.element_ty
+    entries = sinks + window
+    period = tl.maximum(window, 1)
+    rows = ()
+    tokens = ()
+    inside = ()
+    for side in tl.static_range(2):
+        place = e + 8 * side
+        # the newest position that this place of the ring can hold
+        since = (length - 1 - place) % period
+        token = tl.where(place < sinks, place, length - 1 - tl.where(since < 0, since + period, since))
+        real = (place < entries) & (token < length) & ((place < sinks) | (token >= sinks))
+        rows = rows + (tl.minimum(place, entries - 1),)
+        tokens = tokens + (tl.where(real, token, 0),)
+        inside = inside + (real,)
+
+    # all on their way before any is needed
+    k_all = ()
+    v_all = ()
+    for g in tl.static_range(GROUPS):
+        for v in tl.static_range(4):
+            d = 128 * g + 32 * v + 8 * j
+            head = h * JOIN + d // HEAD_DIM
+            there = (d // HEAD_DIM < JOIN) & (head < kv_heads)
+            for side in tl.static_range(2):
+                offset = ((b * kv_heads + head).to(tl.int64) * entries + rows[side]) * HEAD_DIM + d % HEAD_DIM
+                k_all = k_all + load_16(k_exact_ptr + offset, there & inside[side])
+                v_all = v_all + load_16(v_exact_ptr + offset, there & inside[side])
+
+    s0 = tl.zeros([32 * NUM_WARPS], tl.float32)
+    s1 = s0
+    s2 = s0
+    s3 = s0
+    for g in tl.static_range(GROUPS):
+        for v in tl.static_range(4):
+            k_regs = ()
+            for i in tl.static_range(8):
+                k_regs = k_regs + (k_all[32 * g + 8 * v + i],)
+            d = 128 * g + 32 * v + 8 * j
+            q = query_8(query_ptr, query_row, d, query_first, query_mask, HEAD_DIM)
+            q_regs = ()
+            for i in tl.static_range(4):
+                q_regs = q_regs + (pack_halves(q[2 * i], q[2 * i + 1], dtype),)
+            for i in tl.static_range(2):
+                s0, s1, s2, s3 = mma_16bit(
+                    s0,
+                    s1,
+                    s2,
+                    s3,
+                    k_regs[2 * i],
+                    k_regs[4 + 2 * i],
+                    k_regs[2 * i + 1],
+                    k_regs[5 + 2 * i],
+                    q_regs[2 * i],
+                    q_regs[2 * i + 1],
+                    dtype,
+                    NUM_WARPS,
+                )
+    keep = ()
+    for i in tl.static_range(4):
+        token = tokens[i // 2]
+        seen = inside[i // 2] & (token >= low[i % 2]) & (token <= high[i % 2])
+        if HAS_MASK:
+            seen = seen & (tl.load(mask_ptr + mask_rows[i % 2] + tl.minimum(token, last_token)) != 0)
+        keep = keep + (seen,)
+    scores = (
+        tl.where(keep[0], s0 * scale, float("-inf")),
+        tl.where(keep[1], s1 * scale, float("-inf")),
+        tl.where(keep[2], s2 * scale, float("-inf")),
+        tl.where(keep[3], s3 * scale, float("-inf")),
+    )
+    one = tl.full([32 * NUM_WARPS], 1.0, tl.float32)
+    weights, state, totals = weigh(scores, one, one, state, totals, NUM_WARPS, 8 * GROUPS)
+    w0, w1, w2, w3 = weights
+    # two terms, so that weights keep more bits than bf16 has
+    p0 = pack_halves(w0, w1, dtype)
+    p1 = pack_halves(w2, w3, dtype)
+    if dtype == tl.bfloat16:
+        r0 = pack_halves(w0 - (p0 << 16).to(tl.float32, bitcast=True), w1 - (p0 & -65536).to(tl.float32, bitcast=True), dtype)
+        r1 = pack_halves(w2 - (p1 << 16).to(tl.float32, bitcast=True), w3 - (p1 & -65536).to(tl.float32, bitcast=True), dtype)
+        r0 = transpose(r0, NUM_WARPS)
+        r1 = transpose(r1, NUM_WARPS)
+    p0 = transpose(p0, NUM_WARPS)
+    p1 = transpose(p1, NUM_WARPS)
+    updated = ()
+    for g in tl.static_range(GROUPS):
+        for v in tl.static_range(4):
+            v_regs = ()
+            for i in tl.static_range(8):
+                v_regs = v_regs + (v_all[32 * g + 8 * v + i],)
+            for half in tl.static_range(2):
+                a0 = transpose(halves(v_regs[2 * half], v_regs[2 * half + 1], 0), NUM_WARPS)
+                a1 = transpose(halves(v_regs[2 * half], v_regs[2 * half + 1], 1), NUM_WARPS)
+                a2 = transpose(halves(v_regs[4 + 2 * half], v_regs[5 + 2 * half], 0), NUM_WARPS)
+                a3 = transpose(halves(v_regs[4 + 2 * half], v_regs[5 + 2 * half], 1), NUM_WARPS)
+                t0 = totals[32 * g + 8 * v + 4 * half]
+                t1 = totals[32 * g + 8 * v + 4 * half + 1]
+                t2 = totals[32 * g + 8 * v + 4 * half + 2]
+                t3 = totals[32 * g + 8 * v + 4 * half + 3]
+                t0, t1, t2, t3 = mma_16bit(t0, t1, t2, t3, a0, a1, a2, a3, p0, p1, dtype, NUM_WARPS)
+                if dtype == tl.bfloat16:
+                    t0, t1, t2, t3 = mma_16bit(t0, t1, t2, t3, a0, a1, a2, a3, r0, r1, dtype, NUM_WARPS)
+                updated = updated + (t0, t1, t2, t3)
+    return state, updated

@@ -1,0 +1,114 @@
+"""On a CUDA device: the cache's ops against the CPU's, and `generate` compiled into CUDA graphs against eager."""
+
+import pytest
+import torch
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+from hq_inductor.cache import KVConfig, QuantizedKV  # noqa: E402
+
+
+def caches(batch, kv_heads, head_dim, dtype, **options):
+    return [
+        QuantizedKV(KVConfig(window=8, sinks=2, **options), batch, kv_heads, head_dim, 96, dtype=dtype, device=device)
+        for device in ("cpu", "cuda")
+    ]
+
+
+def snr_db(x, y):
+    return 10 * torch.log10(x.square().sum() / (x - y).square().sum()).item()
+
+
+@pytest.mark.parametrize(("head_dim", "kv_heads"), [(128, 2), (64, 3), (80, 2), (96, 4), (256, 1)])
+@pytest.mark.parametrize(
+    "options", [{}, {"k_bps": 2, "v_bps": 2}, {"k_bps": 3, "effort": 0}, {"lattice": "d4"}, {"dither": "full"}], ids=str
+)
+def test_stored_and_attended_as_on_a_cpu(head_dim, kv_heads, options):
+    generator = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(2, kv_heads, 60, head_dim, generator=generator).bfloat16() for _ in range(2))
+    cpu, cuda = caches(2, kv_heads, head_dim, torch.bfloat16, **options)
+    for cache in (cpu, cuda):
+        device = cache.length.device
+        cache.store(k[:, :, :50].to(device), v[:, :, :50].to(device))
+        for token in range(50, 60):
+            cache.store(k[:, :, token : token + 1].to(device), v[:, :, token : token + 1].to(device))
+    for x, a, b in zip((k, v), cpu.dequantize(), cuda.dequantize(), strict=True):
+        x, a, b = x.float(), a[:, :, :60].float(), b[:, :, :60].float().cpu()
+        exact = [0, 1, *range(52, 60)]
+        assert torch.allclose(x[:, :, exact], b[:, :, exact], atol=0.05)
+        assert abs(snr_db(x[:, :, 2:52], a[:, :, 2:52]) - snr_db(x[:, :, 2:52], b[:, :, 2:52])) < 0.2
+    # the same words on both: what remains is arithmetic
+    for name, tensor in cpu.tensors().items():
+        tensor.copy_(cuda.tensors()[name])
+    query = torch.randn(2, 4 * kv_heads, 1, head_dim, generator=generator).bfloat16()
+    mask = torch.rand(2, 1, 1, 96, generator=generator) < 0.7
+    for arguments in ((None,), (mask,)):
+        expected = cpu.attend(query, *arguments).float()
+        out = cuda.attend(query.cuda(), *(a if a is None else a.cuda() for a in arguments)).float().cpu()
+        assert (out - expected).abs().max() < 0.03 * expected.abs().max()
+
+
+def model_and_prompts(dtype, batch):
+    transformers = pytest.importorskip("transformers", minversion="5")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=256,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=128,
+        initializer_range=0.2,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    model = transformers.LlamaForCausalLM(config).eval().to("cuda", dtype)
+    tokens = torch.randint(1, 64, (batch, 12), device="cuda")
+    mask = torch.ones_like(tokens)
+    for row in range(1, batch):
+        mask[row, : row % 7] = 0
+    return model, {"input_ids": tokens * mask, "attention_mask": mask, "do_sample": False, "max_new_tokens": 40}
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_generate_in_cuda_graphs_is_eager_generate(batch, dtype):
+    from hq_inductor.integrations.transformers_cache import HyperQuantCache
+
+    model, arguments = model_and_prompts(dtype, batch)
+    eager, compiled = (
+        model.generate(
+            **arguments,
+            past_key_values=HyperQuantCache(model.config, 64, window=8, sinks=2),
+            disable_compile=disable,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        for disable in (True, False)
+    )
+    if dtype == torch.float32:
+        assert torch.equal(eager.sequences, compiled.sequences)
+    # half precision rounds elsewhere in a compiled graph: logits agree up to the first token that is a near tie
+    a, b = (torch.stack(out.logits, 1).float() for out in (eager, compiled))
+    for row in range(batch):
+        different = (eager.sequences[row, 12:] != compiled.sequences[row, 12:]).nonzero()
+        until = int(different[0]) + 1 if len(different) else 40
+        assert (a[row, :until] - b[row, :until]).abs().max() < 0.1 * a.std()
+
+
+def test_memory_does_not_grow():
+    cache = caches(2, 2, 128, torch.bfloat16)[1]
+    k, v = (torch.randn(2, 2, 1, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    query = torch.randn(2, 8, 1, 128, device="cuda", dtype=torch.bfloat16)
+
+    def steps(count):
+        for _ in range(count):
+            cache.store(k, v)
+            cache.attend(query)
+            cache.crop(1)
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+
+    first = steps(5)
+    assert steps(2000) == first
