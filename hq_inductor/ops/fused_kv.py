@@ -270,7 +270,7 @@ class EncodeLaunch:
 # few slots wait for their rounds, so one window should do: of Gaussians from 1.75 to 6 bps, head_dim 96 to 256, the finest scale that
 # fits is (measured) 16 finer to 14 coarser than the average for effort 1, and 10 finer to 27 coarser for effort 0, which needs more bits;
 # many slots fill the device, where what counts is how much is tried: most need less, and the rest another round
-_FEW, _MANY = {0: EncodeLaunch(32, 8, 8), 1: EncodeLaunch(32, 15, 8)}, {0: EncodeLaunch(16, 6, 4), 1: EncodeLaunch(16, 8, 4)}
+FEW, MANY = {0: EncodeLaunch(32, 8, 8), 1: EncodeLaunch(32, 15, 8)}, {0: EncodeLaunch(16, 6, 4), 1: EncodeLaunch(16, 8, 4)}
 _MANY_SLOTS = 2048
 
 
@@ -304,7 +304,7 @@ def store(
     if x.numel() == 0:
         return
     if launch is None:
-        launch = (_FEW if batch * heads * tokens < _MANY_SLOTS else _MANY)[effort]
+        launch = (FEW if batch * heads * tokens < _MANY_SLOTS else MANY)[effort]
     device = x.device
     pdl = dependent_launch(device)
     encode_kernel[(batch * heads, tokens)](

@@ -2,10 +2,11 @@
 
 Rule.  Merging siblings always: it takes rotations and launches away and adds nothing.
        Norms, gates and residuals move into the fused kernel's launches, so where that kernel may run (`takes_fused_kernel`): on CUDA, for
-       at most `FUSED_BATCH` rows of half precision with `mma="auto"`, or of any with `mma="int8"`. A batch that is not known when compiling
-       counts as small: larger ones then take as many kernels as Inductor's own, since the kernel that rotates does the norm or gate for
-       every batch.
-       On a CPU these steps are loops that Inductor generates and vectorizes, which the op would not.
+       at most `FUSED_BATCH` rows of half precision with `mma="auto"`, or of any dtype with `mma="int8"`. A batch that is not known when
+       compiling counts as small: larger ones then take as many kernels as Inductor's own, since the kernel that rotates does the norm or
+       gate for every batch. On a CPU these steps are loops that Inductor generates and vectorizes, which the op would not.
+Cost.  Measured (H200, torch 2.11, 2026-11-24, `benchmarks/README.md`): four layers of Llama-3-8B's shape and the head take 0.932 ms at
+       batch 1 without the passes, 0.854 with siblings merged and 0.829 with all.
 """
 
 from __future__ import annotations

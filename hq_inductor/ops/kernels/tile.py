@@ -190,70 +190,11 @@ def _field(x, place: tl.constexpr, target: tl.constexpr):
 
 
 @triton.jit
-def _half(entry, v: tl.constexpr, h: tl.constexpr, signs, raw, complement, K: tl.constexpr, SHIFT: tl.constexpr, LATTICE: tl.constexpr):
-    """Four codes; `complement` is all ones above the codes' unit for odd e8 vectors."""
-    unit: tl.constexpr = SHIFT - K + 1  # place of the lowest magnitude bit
-    pair: tl.constexpr = 4 * (v % 2) + 2 * h
-    single: tl.constexpr = pair + v // 2
-    sign = spread_signs(signs << (7 - single))
-    if unit > 0:
-        sign_mask: tl.constexpr = (((0xFF << unit) & 0xFF) * 0x01010101) - (1 << 32)
-        codes = and_xor(sign, sign_mask, complement) if LATTICE == "e8" else sign & sign_mask
-    else:
-        codes = sign
-    if K == 2:
-        codes = and_xor(_field(raw[1], single, unit), 0x01010101 << unit, codes)
-    if K >= 3:
-        codes = and_xor(_field(raw[1 + v // 2], pair, unit), 0x03030303 << unit, codes)
-    if K == 4:
-        codes = and_xor(_field(raw[3], single, unit + 2), 0x01010101 << (unit + 2), codes)
-    if K == 5:
-        codes = and_xor(_field(raw[3 + v // 2], pair, unit + 2), 0x03030303 << (unit + 2), codes)
-    # three bits of quotient, or two right below the sign
-    mask: tl.constexpr = 0x07070707 << SHIFT if SHIFT < 5 else 0x60606060
-    codes = and_xor(entry, mask, codes)
-    if LATTICE == "a2":
-        codes = (codes & 0x00FF00FF) | ((codes << 1) & -0x01FF0200) | ((codes & 0x00010001) << 8)
-    return codes
-
-
-@triton.jit
-def decode_vector(entry0, entry1, v: tl.constexpr, signs, raw, K: tl.constexpr, SHIFT: tl.constexpr, LATTICE: tl.constexpr):
-    """Codes of vector `v` (0 to 3) of a group: symbols 0 to 3 and 4 to 7, four int8 each. `signs` from `restore_signs`."""
-    complement = signs
-    if LATTICE == "e8":
-        unit: tl.constexpr = SHIFT - K
-        # the coset bit: byte 3, half 1
-        complement = spread_sign(raw[0] << (5 - 4 * (v % 2) - v // 2))
-        if unit > 0:
-            complement = complement & ((((0xFF << unit) & 0xFF) * 0x01010101) - (1 << 32))
-    if K == 1:
-        if LATTICE == "e8":
-            odd = parity((entry0 ^ entry1) & (0x01010101 << SHIFT))
-            signs = signs ^ (odd << (26 + 4 * (v % 2) + v // 2))
-        elif LATTICE == "d4":
-            signs = signs ^ (parity(entry0 & (0x01010101 << SHIFT)) << (24 + 4 * (v % 2) + v // 2))
-            signs = signs ^ (parity(entry1 & (0x01010101 << SHIFT)) << (26 + 4 * (v % 2) + v // 2))
-    low = _half(entry0, v, 0, signs, raw, complement, K, SHIFT, LATTICE)
-    high = _half(entry1, v, 1, signs, raw, complement, K, SHIFT, LATTICE)
-    return low, high
-
-
-@triton.jit
-def _half_e8(
-    entry, v: tl.constexpr, h: tl.constexpr, signs, raw, coset, addend, K: tl.constexpr, SHIFT: tl.constexpr, BIASED: tl.constexpr
-):
-    """Four codes; `coset` is all ones for odd vectors, `addend` what of a code does not depend on its symbol."""
+def _merge(codes, entry, v: tl.constexpr, h: tl.constexpr, raw, K: tl.constexpr, SHIFT: tl.constexpr):
+    """Low bits and quotients into four codes that hold their signs."""
     UNIT: tl.constexpr = SHIFT - K + 1  # place of the lowest magnitude bit
     PAIR: tl.constexpr = 4 * (v % 2) + 2 * h
     SINGLE: tl.constexpr = PAIR + v // 2
-    # the sign's place less what can be multiplied up to the unit
-    BASE: tl.constexpr = SINGLE // 4 * 4 if UNIT >= 3 else SINGLE // 2 * 2
-    PLACE: tl.constexpr = SINGLE - BASE
-    sign = (shift_right(signs, BASE) ^ coset) & (0x01010101 << PLACE)
-    # all bits of a byte from the unit on; of biased ones the highest is inverted
-    FACTOR: tl.constexpr = -((1 << UNIT) >> PLACE) if BIASED else ((0xFF << UNIT) & 0xFF) >> PLACE
-    codes = sign * FACTOR + addend
     if K == 2:
         codes = and_xor(_field(raw[1], SINGLE, UNIT), 0x01010101 << UNIT, codes)
     if K >= 3:
@@ -262,13 +203,56 @@ def _half_e8(
         codes = and_xor(_field(raw[3], SINGLE, UNIT + 2), 0x01010101 << (UNIT + 2), codes)
     if K == 5:
         codes = and_xor(_field(raw[3 + v // 2], PAIR, UNIT + 2), 0x03030303 << (UNIT + 2), codes)
+    # three bits of quotient, or two right below the sign
     return and_xor(entry, 0x07070707 << SHIFT if SHIFT < 5 else 0x60606060, codes)
 
 
 @triton.jit
+def _half(entry, v: tl.constexpr, h: tl.constexpr, signs, raw, K: tl.constexpr, SHIFT: tl.constexpr, LATTICE: tl.constexpr):
+    """Four codes of a lattice other than e8."""
+    UNIT: tl.constexpr = SHIFT - K + 1
+    sign = spread_signs(signs << (7 - (4 * (v % 2) + 2 * h + v // 2)))
+    if UNIT > 0:
+        sign = sign & ((((0xFF << UNIT) & 0xFF) * 0x01010101) - (1 << 32))
+    codes = _merge(sign, entry, v, h, raw, K, SHIFT)
+    if LATTICE == "a2":
+        codes = (codes & 0x00FF00FF) | ((codes << 1) & -0x01FF0200) | ((codes & 0x00010001) << 8)
+    return codes
+
+
+@triton.jit
+def decode_vector(entry0, entry1, v: tl.constexpr, signs, raw, K: tl.constexpr, SHIFT: tl.constexpr, LATTICE: tl.constexpr):
+    """Codes of vector `v` (0 to 3) of a group: symbols 0 to 3 and 4 to 7, four int8 each. `signs` from `restore_signs`."""
+    if LATTICE == "e8":
+        return decode_vector_e8(entry0, entry1, v, signs, raw, K, SHIFT, False)
+    else:
+        if K == 1 and LATTICE == "d4":
+            signs = signs ^ (parity(entry0 & (0x01010101 << SHIFT)) << (24 + 4 * (v % 2) + v // 2))
+            signs = signs ^ (parity(entry1 & (0x01010101 << SHIFT)) << (26 + 4 * (v % 2) + v // 2))
+        return _half(entry0, v, 0, signs, raw, K, SHIFT, LATTICE), _half(entry1, v, 1, signs, raw, K, SHIFT, LATTICE)
+
+
+@triton.jit
+def _half_e8(
+    entry, v: tl.constexpr, h: tl.constexpr, signs, raw, coset, addend, K: tl.constexpr, SHIFT: tl.constexpr, BIASED: tl.constexpr
+):
+    """Four codes; `coset` is all ones for odd vectors, `addend` what of a code does not depend on its symbol."""
+    UNIT: tl.constexpr = SHIFT - K + 1
+    SINGLE: tl.constexpr = 4 * (v % 2) + 2 * h + v // 2
+    # the sign's place less what can be multiplied up to the unit
+    BASE: tl.constexpr = SINGLE // 4 * 4 if UNIT >= 3 else SINGLE // 2 * 2
+    PLACE: tl.constexpr = SINGLE - BASE
+    sign = (shift_right(signs, BASE) ^ coset) & (0x01010101 << PLACE)
+    # all bits of a byte from the unit on; of biased ones the highest is inverted
+    FACTOR: tl.constexpr = -((1 << UNIT) >> PLACE) if BIASED else ((0xFF << UNIT) & 0xFF) >> PLACE
+    return _merge(sign * FACTOR + addend, entry, v, h, raw, K, SHIFT)
+
+
+@triton.jit
 def decode_vector_e8(entry0, entry1, v: tl.constexpr, signs, raw, K: tl.constexpr, SHIFT: tl.constexpr, BIASED: tl.constexpr):
-    """As `decode_vector` for e8, with signs spread by products, which are not on the integer pipe. BIASED: four uint8, 128 more."""
+    """`decode_vector` for e8, signs spread by products: these are not on the integer pipe. BIASED: four uint8, 128 more."""
     COSET_UNIT: tl.constexpr = 0x01010101 << (SHIFT - K)
+    # the coset bit: byte 3, half 1
     coset = spread_sign(raw[0] << (5 - 4 * (v % 2) - v // 2))
     addend = and_xor(coset, COSET_UNIT, coset * 0 - 0x7F7F7F80) if BIASED else coset & COSET_UNIT
     if K == 1:
