@@ -5,6 +5,7 @@ import torch
 
 from hq_inductor import HyperQuantTensor
 from hq_inductor.ops.prologue import GATES, NORMS, PROLOGUES, Prologue
+from hq_inductor.passes import configured
 
 from .passes.graphs import ALL, NONE, Compiled, LlamaBlock, quantized
 from .test_gpu import _poison_new_memory  # noqa: F401  (a fixture)
@@ -18,10 +19,10 @@ def cuda(*shape):
     return torch.randn(shape, device="cuda").to(torch.bfloat16)
 
 
-def close(found, expected):
-    """Up to roundings of activations, weights' products and results to the next bf16, int8 or e4m3."""
+def close(found, expected, bound=2e-2):
+    """Up to roundings of activations, weights' products and results to the next bf16, int8 or, with a larger bound, e4m3."""
     assert found.shape == expected.shape and found.isfinite().all()
-    assert (found.double() - expected.double()).norm() / expected.double().norm() < 2e-2
+    assert (found.double() - expected.double()).norm() / expected.double().norm() < bound
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,8 @@ def test_fused_op_equals_its_layers(name, mma):
     scale = torch.rand(FEATURES, device="cuda").add_(0.5).to(torch.bfloat16)
     bias = [cuda(100), None, torch.randn(44, device="cuda")]
     first = weights[0]
+    # one fp8 product is 0.037 away from the exact one; scales that differ in the last bit round most operands anew
+    bound = 6e-2 if mma == "fp8" else 2e-2
     for batch in (1, 5, 40, 300):
         x, gate = cuda(batch, FEATURES) + 1, cuda(batch, 2 * FEATURES)[:, FEATURES:] if name in GATES else None
         gain, shift = cuda(FEATURES) if name in NORMS else None, cuda(FEATURES) if name == "layer_norm" else None
@@ -45,11 +48,15 @@ def test_fused_op_equals_its_layers(name, mma):
         ]
         around = (gate, gain, shift)
         layout = (first.lattice, first.tile, [w.code for w in weights], first.seed, mma)
-        close(ops.rice_linear_fused(x, [w.qdata for w in weights], scale, bias, *around, None, name, 1e-5, *layout), torch.cat(expected, 1))
+        close(
+            ops.rice_linear_fused(x, [w.qdata for w in weights], scale, bias, *around, None, name, 1e-5, *layout),
+            torch.cat(expected, 1),
+            bound,
+        )
         residual = cuda(batch, 128)[:, :100]
         layout = (first.lattice, first.tile, [first.code], first.seed, mma)
         found = ops.rice_linear_fused(x, [first.qdata], scale, bias[:1], *around, residual, name, 1e-5, *layout)
-        close(found, expected[0] + residual)
+        close(found, expected[0] + residual, bound)
 
 
 def kernels(model, x) -> int:
@@ -66,11 +73,15 @@ def test_rewritten_llama_block():
     torch.use_deterministic_algorithms(False)
     model = quantized(LlamaBlock(), torch.bfloat16).cuda()
     x = cuda(1, 1, 128)
-    rewritten, plain = Compiled(model, x, codegen=True), Compiled(model, x, codegen=True, **NONE)
+    rewritten = Compiled(model, x, codegen=True)
     assert rewritten.report.made == {"merge_siblings": 2, "fuse_norm": 2, "fuse_gate": 1, "fuse_residual": 2}
-    close(rewritten.out, plain.out)
+    # counted at once: the next compilation of the same module takes the place of this one
     with torch.no_grad():
-        assert kernels(rewritten.model, x) < kernels(plain.model, x)
+        count = kernels(rewritten.model, x)
+        plain = Compiled(model, x, codegen=True, **NONE)
+        with configured(**NONE):
+            assert count < kernels(plain.model, x)
+    close(rewritten.out, plain.out)
 
 
 def test_one_graph_for_decode_and_prefill():

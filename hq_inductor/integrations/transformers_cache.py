@@ -291,6 +291,9 @@ class HyperQuantCache(Cache):
         self.kv_config = KVConfig(bps if k_bps is None else k_bps, bps if v_bps is None else v_bps, **options)
         tokens = -(-max_cache_len // TOKEN_BLOCK) * TOKEN_BLOCK
         types, arguments = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+        if isinstance(arguments, dict):
+            # before transformers 5.20, one for all layers
+            arguments = [arguments] * len(types)
         exact = set(exact_layers)
         if not all(-len(types) <= index < len(types) for index in exact):
             raise ValueError(f"exact_layers must be indices of {len(types)} layers, got {sorted(exact)}")
