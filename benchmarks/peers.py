@@ -8,7 +8,7 @@ Sources.  Lloyd-Max: Max, Quantizing for minimum distortion, 1960; as weights af
           NF4: Dettmers et al., QLoRA, arXiv 2305.14314, appendix E. int4, int3: minimum and maximum of a group, as in torchao.
           nvfp4: NVIDIA, Transformer Engine (blocks of 16, e4m3 scales, one fp32 scale per tensor). mxfp4: OCP Microscaling Formats
           specification 1.0 (blocks of 32, e8m0 scales). Shannon: rate-distortion function of the Gaussian source.
-          Trellis coding (the class of QTIP, arXiv 2406.11235) is quoted without a source we could check, not run.
+          Trellis coding: `benchmarks/trellis.py`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ import torch
 
 from hq_inductor.format.hadamard import hadamard_ref
 
-# dB on N(0, 1) at 2, 3, 4 bits, codes alone; quoted, source not found
-TRELLIS_SNR_DB = {2.0: 11.73, 3.0: 17.56, 4.0: 23.74}
 _GRID_SAMPLES = 1 << 16
 
 

@@ -15,12 +15,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from peers import PEERS, TRELLIS_SNR_DB, shannon_snr_db, snr_db
+from peers import PEERS, shannon_snr_db, snr_db
 from tqdm import tqdm
+from trellis import trellis_quantize
 
 from hq_inductor import HyperQuantTensor
 from hq_inductor.format.layout import LATTICES
 from hq_inductor.format.rates import MAX_BPS, MIN_BPS
+
+# the search over states is slow; the SNR of as many has a standard error of 0.05 dB
+TRELLIS_ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ def ours(weight: torch.Tensor, lattice: str, effort: int, bps: float) -> Point:
     return Point(f"{lattice} effort {effort}", packed.bits_per_weight, snr_db(weight, packed.dequantize()))
 
 
-def measure(rows: int, columns: int, step: float, lattices: list[str], efforts: list[int]) -> list[Point]:
+def measure(rows: int, columns: int, step: float, lattices: list[str], efforts: list[int], trellis_states: int) -> list[Point]:
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
     jobs = []
     for lattice in lattices:
@@ -53,7 +57,10 @@ def measure(rows: int, columns: int, step: float, lattices: list[str], efforts: 
     points = [ours(weight, *job) for job in tqdm(jobs, desc="ours")]
     for peer in tqdm(PEERS, desc="peers"):
         points.append(Point(peer.name, peer.bits_per_weight(columns), snr_db(weight, peer.quantize(weight))))
-    points += [Point("trellis (quoted)", bits, snr) for bits, snr in TRELLIS_SNR_DB.items()]
+    few = weight[:TRELLIS_ROWS]
+    for bits in (2, 3, 4):
+        found, rate = trellis_quantize(few, bits, trellis_states, progress=True)
+        points.append(Point(f"trellis, 2^{trellis_states} states", rate, snr_db(few, found)))
     return points
 
 
@@ -94,9 +101,10 @@ def main() -> None:
     parser.add_argument("--step", type=float, default=0.25, help="distance of our rates, a multiple of 1/8 (default 0.25)")
     parser.add_argument("--lattices", nargs="+", default=list(LATTICES), choices=LATTICES)
     parser.add_argument("--efforts", type=int, nargs="+", default=[0, 1, 2], help="encoder's efforts for e8 (default 0 1 2)")
+    parser.add_argument("--trellis-states", type=int, default=16, help="bits of a state of the trellis (default 16)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder for the plot and the JSON")
     args = parser.parse_args()
-    points = measure(args.rows, args.columns, args.step, args.lattices, args.efforts)
+    points = measure(args.rows, args.columns, args.step, args.lattices, args.efforts, args.trellis_states)
     args.output.mkdir(parents=True, exist_ok=True)
     data = {
         "torch": torch.__version__,

@@ -24,6 +24,7 @@ from .launch import (
     linear_launch,
     matmul_launch,
     multiprocessors,
+    warpgroup_products,
 )
 from .prologue import NO_PROLOGUE, NORMS, Prologue
 
@@ -168,7 +169,7 @@ def int8_matmul(
         bias: `[N]` or None.
     """
     (batch, columns), (rows, tiles) = x.shape, scale.shape
-    launch = launch or matmul_launch(batch, rows, tiles, multiprocessors(x.device))
+    launch = launch or matmul_launch(batch, rows, tiles, multiprocessors(x.device), warpgroup_products(x.device))
     split = launch.splits > 1
     shape = (launch.splits, batch, rows) if split else (batch, rows)
     out = torch.empty(shape, dtype=torch.float32 if split else dtype, device=x.device)

@@ -63,15 +63,23 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @functools.lru_cache(maxsize=32)
+def _hopper_or_newer(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def dependent_launch(device: torch.device) -> bool:
     """Whether kernels on the device can start before the kernel before them ends (programmatic dependent launch)."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+    return _hopper_or_newer(device)
 
 
-@functools.lru_cache(maxsize=32)
+def warpgroup_products(device: torch.device) -> bool:
+    """Whether tensor cores of the device take operands from shared memory, for four warps at a time."""
+    return _hopper_or_newer(device)
+
+
 def fp8_products(device: torch.device) -> bool:
     """Whether the device multiplies e4m3 with one scale per row (`torch._scaled_mm`)."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+    return _hopper_or_newer(device)
 
 
 def decode_warps(row_bytes: int) -> int:
@@ -94,9 +102,13 @@ def decode_parts(blocks: int, tiles: int, processors: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def matmul_launch(batch: int, rows: int, tiles: int, processors: int) -> MatmulLaunch:
-    """Launch of the int8 product. Measured (H200, 2026-11-24): of eight block shapes this is the fastest for all batches from 128 up."""
-    block_n = 64 if batch <= 64 else 128
+def matmul_launch(batch: int, rows: int, tiles: int, processors: int, warpgroups: bool) -> MatmulLaunch:
+    """Launch of the int8 product; `warpgroups`: the device multiplies by groups of four warps, from shared memory (sm_90 and newer).
+
+    Measured (H200, 2026-11-24): of eight block shapes this is the fastest for all batches from 128 up. Without warp groups operands are
+    in registers too, and leave room for half as many sums.
+    """
+    block_n = 128 if warpgroups and batch > 64 else 64
     blocks = -(-batch // 64) * -(-rows // block_n)
     return MatmulLaunch(64, block_n, 128, 4, 4, even_parts(tiles, processors // blocks))
 
