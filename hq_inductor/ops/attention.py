@@ -216,7 +216,8 @@ def _kv_attention_cuda(
     k_layout, v_layout = _check_attention(query, *stored, length, start, mask, sinks, window, sliding_window, *layouts)
     if dither is None and all(tensor.is_contiguous() and tensor.numel() < 2**31 for tensor in stored):
         wide = None if mask is None else mask.expand(-1, -1, query.shape[2], -1)
-        if unsupported(query, k_words, k_exact, wide, k_layout, v_layout) is None:
+        sides = ((k_words, k_exact), (v_words, v_exact.to(k_exact.dtype)))
+        if not any(unsupported(query, words, exact, wide, k_layout, v_layout) for words, exact in sides):
             return attend(query, *stored, length, start, wide, scale, sinks, window, sliding_window, k_layout, v_layout)
     return _kv_attention(query, *stored, length, start, mask, scale, sinks, window, sliding_window, *layouts, k_seed, v_seed)
 

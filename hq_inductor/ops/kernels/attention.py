@@ -29,9 +29,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .bits import INTERPRETED
 from .exact_tokens import exact_step, query_8
 from .shared import (
-    copy_async_16,
     declare_shared,
     load_shared,
+    load_tables,
     scratch_address,
     store_shared,
     wait_copies,
@@ -58,13 +58,6 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 _BUFFERS = tl.constexpr(16384)
 # 1.5 * 2^23: fp32 has no bits below the unit there
 _MAGIC = tl.constexpr(12582912.0)
-
-
-@triton.jit
-def _load_tables(table_ptr, address, thread, NUM_WARPS: tl.constexpr):
-    for step in tl.static_range(0, 8192 // (4 * 32 * NUM_WARPS)):
-        index = (step * 32 * NUM_WARPS + thread) * 4
-        copy_async_16(address + index * 4, table_ptr + index)
 
 
 @triton.jit
@@ -169,7 +162,7 @@ def attention_kernel(
         base = scratch_address(scratch_ptr, thread)
     else:
         base = declare_shared(thread)
-    _load_tables(table_ptr, base + _BUFFERS, thread, NUM_WARPS)
+    load_tables(table_ptr, base + _BUFFERS, thread, NUM_WARPS)
     if PDL:
         # the tables are constants; the queries and the newest tokens come from the kernels before
         gdc_wait()

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 from .bits import INTERPRETED, shift_right
-from .linear import load_chunks, load_tables, stage_stream, tile_offset
-from .shared import TABLE_BYTES, declare_shared, wait_copies
+from .linear import load_chunks, stage_stream, tile_offset
+from .shared import TABLE_BYTES, declare_shared, load_tables, wait_copies
 from .tile import decode_vector, first_cursor, first_words, load_raw, next_quads, read_header, restore_signs, stream_word
 
 _INTERPRETED = tl.constexpr(INTERPRETED)

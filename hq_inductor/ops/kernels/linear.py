@@ -18,7 +18,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .bits import INTERPRETED
-from .shared import TABLE_BYTES, commit_copies, copy_async_4, copy_async_16, declare_shared, wait_copies
+from .shared import TABLE_BYTES, commit_copies, copy_async_4, copy_async_16, declare_shared, load_tables, wait_copies
 from .tile import decode_vector, first_cursor, first_words, load_raw, next_quads, read_header, restore_signs, stream_word
 from .warp import mma_s8
 
@@ -101,13 +101,6 @@ def stage_stream(
             source = words_ptr + tile_offset(strip, row, t, N, tiles, WORDS) + (RAW + word)
             copy_async_4(address + row * ROW_BYTES + ((4 * word) ^ (row * 16 % ROW_BYTES % 128)), source)
     commit_copies(lane)
-
-
-@triton.jit
-def load_tables(table_ptr, address, thread, NUM_WARPS: tl.constexpr):
-    for step in tl.static_range(0, 8192 // (4 * 32 * NUM_WARPS)):
-        index = (step * 32 * NUM_WARPS + thread) * 4
-        copy_async_16(address + index * 4, table_ptr + index)
 
 
 @triton.jit

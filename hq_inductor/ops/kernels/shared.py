@@ -125,3 +125,11 @@ else:
         tl.inline_asm_elementwise(
             "cp.async.wait_group 1; bar.warp.sync 0xffffffff; mov.u32 $0, $1;", "=r,r", [thread], tl.int32, is_pure=False, pack=1
         )
+
+
+@triton.jit
+def load_tables(table_ptr, address, thread, NUM_WARPS: tl.constexpr):
+    """Start copying both decoding tables to shared memory."""
+    for step in tl.static_range(0, 8192 // (4 * 32 * NUM_WARPS)):
+        index = (step * 32 * NUM_WARPS + thread) * 4
+        copy_async_16(address + index * 4, table_ptr + index)

@@ -4,13 +4,12 @@ Thread 4 r + j of a warp reads lane j of row r. A vector comes out as two int32 
 `m16n8k32` int8 operand; the codes are `codes << GAIN`, GAIN = SHIFT - TileLayout.shift.
 
 Even lanes read forwards, odd ones backwards, by the same instructions: a window is 32 bits of the stream in storage order, with a lane's
-next bits
-at its top or its bottom. Rotated by a constant of the lane they come to bits 2 to 13, a byte offset into the lane's table; and rotated on
-by the length of the code, the next ones do. A cursor is the position of the window's first bit, plus 32 in even lanes; so bits 5 and up
-always number the word that the lane comes to next.
+next bits at its top or its bottom. Rotated by a constant of the lane they come to bits 2 to 13, a byte offset into the lane's table; and
+rotated on by the length of the code, the next ones do. A cursor is the position of the window's first bit, plus 32 in even lanes; so bits 5
+and up always number the word that the lane comes to next.
 
-Cost.  With all that the linear kernel adds, 43 instructions per vector, 28 of them on the integer pipe, and two dependent table look-ups
-       (E8, k = 3, sm_90; counted in SASS and by ncu).
+Cost.  With all that the linear kernel adds, 43 instructions per vector, 28 of them on the integer pipe (E8, k = 3, sm_90, by ncu, before
+       signs were spread by products: in the SASS these take 1 and 1.5 away), and two dependent table look-ups.
 """
 
 from __future__ import annotations
