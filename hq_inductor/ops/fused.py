@@ -12,9 +12,10 @@ from ..format.layout import TileLayout
 from .kernels.activations import fp8_scale_kernel, rotate_kernel, rotate_quantize_kernel, row_statistics_kernel
 from .kernels.decode import decode_kernel
 from .kernels.linear import linear_kernel
+from .kernels.linear_ring import ring_linear_kernel
 from .kernels.matmul import int8_matmul_kernel
 from .kernels.shared import row_bytes
-from .kernels.warpgroup import ring_stages
+from .kernels.warpgroup import ring_shared_kb, ring_stages
 from .launch import (
     WARP_ROWS,
     LinearLaunch,
@@ -267,7 +268,7 @@ def int8_linear(
     grid = (sum(-(-n // (WARP_ROWS * launch.num_warps)) for n in counts), splits, padded // columns)
     counters = grid[0] * launch.num_warps * grid[2] if splits > 1 else 0
     ring = columns if launch.ring else 0
-    steps, stages = ring_stages(columns, launch.num_warps, stream_bytes) if ring else (1, 0)
+    steps, stages = ring_stages(columns) if ring else (1, 0)
     if rotated is None or rotated[0].shape != rotated_shape(layout, tiles, padded, ring):
         q, scale, zeros = rotate_quantize(x, act_pre_scale, layout, tiles, seed, padded, counters, prologue, ring)
     else:
@@ -280,7 +281,9 @@ def int8_linear(
     biases = [b.contiguous() for b in biases] if has_bias else [out]
     weights += weights[:1] * (MAX_SIBLINGS - len(weights))
     biases += biases[:1] * (MAX_SIBLINGS - len(biases))
-    linear_kernel[grid](
+    large = {"SHARED_KB": ring_shared_kb(columns, launch.num_warps, stream_bytes)} if ring and x.is_cuda else {}
+    kernel = ring_linear_kernel if large else linear_kernel
+    kernel[grid](
         weights[0],
         layout.kernel_tables(x.device),  # of which the first
         q,
@@ -319,6 +322,7 @@ def int8_linear(
         PDL=pdl,
         STEPS=steps,
         STAGES=stages,
+        **large,
         num_stages=1,
         **({"maxnreg": launch.registers} if launch.registers else {}),
         **({"launch_pdl": True} if pdl else {}),

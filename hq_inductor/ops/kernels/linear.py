@@ -17,10 +17,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .bits import INTERPRETED
 from .blocks import finish, load_chunks, stage_stream, tile_offset, weight_of_block
 from .memory import load_16, load_global
-from .shared import TABLE_BYTES, declare_shared, load_table, wait_copies
+from .shared import TABLE_BYTES, declare_shared, load_table, shared_base, wait_copies
 from .tile import decode_vector, first_cursor, first_words, load_raw, next_quads, read_header, restore_signs, stream_word
 from .warp import mma_s8
-from .warpgroup import fill, next_products, open_ring, products_wait, shared_base
+from .warpgroup import fill, next_products, open_ring, products_wait
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -94,9 +94,9 @@ def _multiply_group(
     return sums, (first_u, second_u, x_u, first_v, second_v, x_v), place
 
 
-# one binary for all sizes
-@triton.jit(do_not_specialize=["M", "M_PAD", "N", "N1", "N2", "N3", "tiles"])
-def linear_kernel(
+@triton.jit
+def linear_block(
+    thread,  # number of the thread
     words_ptr,  # [N, tiles, WORDS] int32
     table_ptr,  # [4096] int32
     x_ptr,  # [tiles * TILE / 64, M_PAD, 64] int8, or with STAGES [M_PAD / COLUMNS, tiles * TILE / 16, COLUMNS, 16]
@@ -140,6 +140,7 @@ def linear_kernel(
     PDL: tl.constexpr,
     STEPS: tl.constexpr,  # with STAGES: steps of 32 coefficients per chunk
     STAGES: tl.constexpr,  # chunks in the ring; 0: no ring, activations through the L1
+    SHARED: tl.constexpr,  # symbol of the block's shared memory
 ):
     """Program (i, p, c): rows 16 NUM_WARPS i on, part p of the tiles, batch columns COLUMNS c on."""
     STREAM: tl.constexpr = WORDS - RAW
@@ -168,7 +169,6 @@ def linear_kernel(
     )
     part = tl.program_id(1)
     m0 = tl.program_id(2) * COLUMNS
-    thread = tl.arange(0, 32 * NUM_WARPS)
     lane = thread % 32
     warp = thread // 32
     j = lane % 4
@@ -190,11 +190,11 @@ def linear_kernel(
     slots = 0
     barriers = 0
     if not _INTERPRETED:
-        table_address = declare_shared(thread)
+        table_address = shared_base(thread, SHARED)
         load_table(table_ptr, table_address, thread, NUM_WARPS)
         buffers = table_address + TABLE_BYTES + warp * (2 * BUFFER)
         if STAGES > 0:
-            slots = shared_base(part) + (TABLE_BYTES + NUM_WARPS * 2 * (BUFFER if ROW_BYTES > 0 else 0))
+            slots = shared_base(part, SHARED) + (TABLE_BYTES + NUM_WARPS * 2 * (BUFFER if ROW_BYTES > 0 else 0))
             barriers = slots + STAGES * CHUNK
             open_ring(barriers, thread, STAGES, NUM_WARPS)
         if ROW_BYTES > 0:
@@ -228,7 +228,7 @@ def linear_kernel(
 
     totals = ()
     for _ in tl.static_range(4 * BLOCKS):
-        totals = totals + (tl.zeros([32 * NUM_WARPS], tl.float32),)
+        totals = totals + ((thread * 0).to(tl.float32),)
     for t in range(first_tile, last_tile):
         streams = (words_ptr + tile_u + RAW, words_ptr + tile_v + RAW)
         if ROW_BYTES > 0:
@@ -255,7 +255,7 @@ def linear_kernel(
 
         sums = ()
         for _ in tl.static_range(4 * BLOCKS):
-            sums = sums + (tl.zeros([32 * NUM_WARPS], tl.int32),)
+            sums = sums + (thread * 0,)
         if CHUNKED:
             words_u = ahead_u
             words_v = ahead_v
@@ -373,4 +373,103 @@ def linear_kernel(
         HAS_BIAS,
         HAS_RESIDUAL,
         NUM_WARPS,
+    )
+
+
+# one binary for all sizes
+@triton.jit(do_not_specialize=["M", "M_PAD", "N", "N1", "N2", "N3", "tiles"])
+def linear_kernel(
+    words_ptr,  # [N, tiles, WORDS] int32
+    table_ptr,  # [4096] int32
+    x_ptr,  # [tiles * TILE / 64, M_PAD, 64] int8, or with STAGES [M_PAD / COLUMNS, tiles * TILE / 16, COLUMNS, 16]
+    act_scale_ptr,  # [tiles, M_PAD] fp32
+    bias_ptr,  # [N], or anything if not HAS_BIAS
+    out_ptr,  # [M, N + N1 + N2 + N3]
+    partial_ptr,  # fp32 if SPLIT: `finish`
+    counter_ptr,  # [blocks] int32 zeros if SPLIT
+    M,
+    M_PAD,
+    N,
+    tiles,
+    residual_ptr,  # [M, N + N1 + N2 + N3], rows stride_residual apart, or anything if not HAS_RESIDUAL
+    stride_residual,
+    words1_ptr,  # siblings, for SIBLINGS > 1, 2, 3
+    words2_ptr,
+    words3_ptr,
+    bias1_ptr,
+    bias2_ptr,
+    bias3_ptr,
+    N1,
+    N2,
+    N3,
+    LATTICE: tl.constexpr,
+    K: tl.constexpr,
+    SHIFT: tl.constexpr,
+    GAIN: tl.constexpr,
+    LENGTH_PLACE: tl.constexpr,
+    TILE: tl.constexpr,
+    WORDS: tl.constexpr,
+    RAW: tl.constexpr,
+    WALL_UNIT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROW_BYTES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    SIBLINGS: tl.constexpr,
+    NUM_WARPS: tl.constexpr,
+    PDL: tl.constexpr,
+    STEPS: tl.constexpr,  # with STAGES: steps of 32 coefficients per chunk
+    STAGES: tl.constexpr,  # chunks in the ring; 0: no ring, activations through the L1
+):
+    thread = tl.arange(0, 32 * NUM_WARPS)
+    if not _INTERPRETED:
+        declare_shared(thread)
+    linear_block(
+        thread,
+        words_ptr,
+        table_ptr,
+        x_ptr,
+        act_scale_ptr,
+        bias_ptr,
+        out_ptr,
+        partial_ptr,
+        counter_ptr,
+        M,
+        M_PAD,
+        N,
+        tiles,
+        residual_ptr,
+        stride_residual,
+        words1_ptr,
+        words2_ptr,
+        words3_ptr,
+        bias1_ptr,
+        bias2_ptr,
+        bias3_ptr,
+        N1,
+        N2,
+        N3,
+        LATTICE,
+        K,
+        SHIFT,
+        GAIN,
+        LENGTH_PLACE,
+        TILE,
+        WORDS,
+        RAW,
+        WALL_UNIT,
+        ALIGNED,
+        ROW_BYTES,
+        COLUMNS,
+        SPLIT,
+        HAS_BIAS,
+        HAS_RESIDUAL,
+        SIBLINGS,
+        NUM_WARPS,
+        PDL,
+        STEPS,
+        STAGES,
+        "hq_shared",
     )

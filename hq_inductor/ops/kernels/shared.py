@@ -7,7 +7,8 @@ Triton allocates shared memory only for its own conversions, and has no gather f
     after that                      what else a kernel wants (`hq_inductor.ops.kernels.warpgroup`); at least OVERRUN
 
 A decoder that corrupt words lead astray reads up to OVERRUN bytes before or after a row: other rows, the table, or what comes after; never
-outside. 48 KiB are the most that a kernel may declare statically.
+outside. 48 KiB are the most that a kernel may declare statically;
+`hq_inductor.ops.kernels.linear_ring` has Gluon allocate more.
 """
 
 from __future__ import annotations
@@ -50,6 +51,17 @@ def declare_shared(thread):
     return tl.inline_asm_elementwise(
         ".shared .align 128 .b8 hq_shared[49152]; mov.u32 $0, hq_shared;", "=r,r", [thread], tl.int32, is_pure=False, pack=1
     )
+
+
+@triton.constexpr_function
+def _base_asm(symbol):
+    return f"mov.u32 $0, {symbol};"
+
+
+@triton.jit
+def shared_base(x, SYMBOL: tl.constexpr):
+    """Address of the block's shared memory, int32 of the shape of `x`, the same in all threads."""
+    return tl.inline_asm_elementwise(_base_asm(SYMBOL), "=r,r", [x], tl.int32, is_pure=True, pack=1)
 
 
 if INTERPRETED:

@@ -18,28 +18,25 @@ import triton
 import triton.language as tl
 
 from .bits import INTERPRETED
-from .shared import SHARED_BYTES, TABLE_BYTES, buffer_bytes
+from .shared import TABLE_BYTES, buffer_bytes
 from .warp import mma_s8
 
 _BARRIER_BYTES = tl.constexpr(128)
-MAX_STAGES = _BARRIER_BYTES.value // 16
 
 
-def ring_stages(columns: int, num_warps: int, row_bytes: int) -> tuple[int, int]:
-    """(steps of 32 coefficients per chunk, stages) of a block whose warps hold stream planes in rows of `row_bytes`."""
-    room = SHARED_BYTES.value - TABLE_BYTES.value - num_warps * buffer_bytes(row_bytes) - _BARRIER_BYTES.value
-    # few barriers, but three chunks at least
-    steps = next((steps for steps in (4, 2, 1) if 3 * 32 * columns * steps <= room), 0)
-    if not steps:
-        raise ValueError(f"columns must be at most {room // 96} for {num_warps} warps with rows of {row_bytes} bytes, got {columns}")
-    return steps, min(MAX_STAGES, room // (32 * columns * steps))
+def ring_stages(columns: int) -> tuple[int, int]:
+    """(steps of 32 coefficients per chunk, chunks) of a ring for `columns` rows of the second factor."""
+    return 4, 4
+
+
+def ring_shared_kb(columns: int, num_warps: int, row_bytes: int) -> int:
+    """Shared memory in KiB of a block whose warps hold stream planes in rows of `row_bytes`."""
+    steps, stages = ring_stages(columns)
+    ring = stages * 32 * steps * columns + _BARRIER_BYTES.value
+    return -(-(TABLE_BYTES.value + num_warps * buffer_bytes(row_bytes) + ring) // 1024)
 
 
 if INTERPRETED:
-
-    @triton.jit
-    def shared_base(scalar):
-        return scalar * 0
 
     @triton.jit
     def open_ring(address, thread, STAGES: tl.constexpr, NUM_WARPS: tl.constexpr):
@@ -102,11 +99,6 @@ else:
     @triton.constexpr_function
     def _words(columns):
         return (tl.int32,) * (columns // 2)
-
-    @triton.jit
-    def shared_base(scalar):
-        """Address of the block's shared memory (`declare_shared` before), the same in all threads as `scalar` is."""
-        return tl.inline_asm_elementwise("mov.u32 $0, hq_shared;", "=r,r", [scalar], tl.int32, is_pure=True, pack=1)
 
     @triton.jit
     def open_ring(address, thread, STAGES: tl.constexpr, NUM_WARPS: tl.constexpr):
