@@ -15,7 +15,7 @@ from .kernels.linear import linear_kernel
 from .kernels.linear_ring import ring_linear_kernel
 from .kernels.matmul import int8_matmul_kernel
 from .kernels.shared import row_bytes
-from .kernels.warpgroup import ring_shared_kb, ring_stages
+from .kernels.warpgroup import ring_shape
 from .launch import (
     WARP_ROWS,
     LinearLaunch,
@@ -26,6 +26,8 @@ from .launch import (
     linear_launch,
     matmul_launch,
     multiprocessors,
+    ring_products,
+    ring_warps,
     warpgroup_products,
 )
 from .prologue import NO_PROLOGUE, NORMS, Prologue
@@ -216,7 +218,7 @@ MAX_SIBLINGS = 4
 
 def _default_launch(x: torch.Tensor, counts: list[int], tiles: int, layout: TileLayout) -> LinearLaunch:
     processors = multiprocessors(x.device) if x.is_cuda else 1
-    return linear_launch(x.shape[0], sum(counts), tiles, processors, row_bytes(layout.stream_words))
+    return linear_launch(x.shape[0], sum(counts), tiles, processors, row_bytes(layout.stream_words), ring_products(x.device))
 
 
 def int8_linear(
@@ -268,7 +270,14 @@ def int8_linear(
     grid = (sum(-(-n // (WARP_ROWS * launch.num_warps)) for n in counts), splits, padded // columns)
     counters = grid[0] * launch.num_warps * grid[2] if splits > 1 else 0
     ring = columns if launch.ring else 0
-    steps, stages = ring_stages(columns) if ring else (1, 0)
+    shape = {"STEPS": 1, "STAGES": 0}
+    if ring:
+        staged = x.is_cuda and stages_tiles(layout)
+        blocks = max(1, ring_warps(columns) // launch.num_warps)
+        steps, stages, kilobytes = ring_shape(columns, launch.num_warps, blocks, words, stream_bytes, staged)
+        shape = {"STEPS": steps, "STAGES": stages}
+        if x.is_cuda:
+            shape |= {"STAGED": staged, "SHARED_KB": kilobytes}
     if rotated is None or rotated[0].shape != rotated_shape(layout, tiles, padded, ring):
         q, scale, zeros = rotate_quantize(x, act_pre_scale, layout, tiles, seed, padded, counters, prologue, ring)
     else:
@@ -281,8 +290,7 @@ def int8_linear(
     biases = [b.contiguous() for b in biases] if has_bias else [out]
     weights += weights[:1] * (MAX_SIBLINGS - len(weights))
     biases += biases[:1] * (MAX_SIBLINGS - len(biases))
-    large = {"SHARED_KB": ring_shared_kb(columns, launch.num_warps, stream_bytes)} if ring and x.is_cuda else {}
-    kernel = ring_linear_kernel if large else linear_kernel
+    kernel = ring_linear_kernel if ring and x.is_cuda else linear_kernel
     kernel[grid](
         weights[0],
         layout.kernel_tables(x.device),  # of which the first
@@ -320,9 +328,7 @@ def int8_linear(
         NUM_WARPS=launch.num_warps,
         num_warps=launch.num_warps,
         PDL=pdl,
-        STEPS=steps,
-        STAGES=stages,
-        **large,
+        **shape,
         num_stages=1,
         **({"maxnreg": launch.registers} if launch.registers else {}),
         **({"launch_pdl": True} if pdl else {}),
@@ -428,6 +434,12 @@ def decode(
         num_stages=1,
     )
     return out, scale
+
+
+def stages_tiles(layout: TileLayout) -> bool:
+    """Whether the kernel with a ring takes whole tiles through shared memory: where 16-byte loads are unrolled, and tiles are small."""
+    chunked = _aligned(layout) and layout.lattice != "d4" and layout.groups <= 4 and layout.rice_parameter * layout.groups % 4 == 0
+    return chunked and layout.words <= 64 and row_bytes(layout.stream_words) > 0
 
 
 def _aligned(layout: TileLayout) -> bool:

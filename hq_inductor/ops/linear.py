@@ -4,11 +4,11 @@ Definition.  `y = RHT(x * act_pre_scale) W_r^T + bias`, W_r the dequantized rota
              `W = RHT^-1(W_r) * act_pre_scale`. Products are accumulated in fp32; `mma` (`hq_inductor.format.mma`) says what their
              operands are rounded to.
 Choice.      On a CPU the operands of `"auto"` and `"bf16"` are not rounded (fp32, or fp64 for fp64 activations), and other formats are
-             emulated. On CUDA, `"int8"` is the fused kernel for batches up to `FUSED_BATCH`, which decodes into the operands of the
-             tensor cores; larger ones decode to int8 codes for a product of our own, which scales tile by tile. `"auto"` is `"int8"` for
-             half-precision batches below `LIBRARY_BATCH`, else `"bf16"`: the weight decoded to the activations' dtype for a library
-             product. `"fp8"` decodes to e4m3 for one. nvfp4 and mxfp4 are emulated: rounded as the formats round, multiplied in the
-             activations' dtype.
+             emulated. On CUDA, `"int8"` is the fused kernel for batches up to `FUSED_BATCH` (`RING_BATCH` on sm_90), which decodes into the
+             operands of the tensor cores; larger ones decode to int8 codes for a product of our own, which scales tile by tile. `"auto"`
+             is `"int8"` for half-precision batches below `LIBRARY_BATCH`, else `"bf16"`: the weight decoded to the activations' dtype for
+             a library product. `"fp8"` decodes to e4m3 for one. nvfp4 and mxfp4 are emulated: rounded as the formats round, multiplied in
+             the activations' dtype.
 Gradients.   For `x` and `bias`; the weight is frozen. Backward decodes again instead of saving a dequantized weight.
 """
 
@@ -22,7 +22,7 @@ from ..format.lattice import embed
 from ..format.layout import TileLayout
 from ..format.mma import check_mma, round_operands
 from .decode import decode_words
-from .launch import FUSED_BATCH, LIBRARY_BATCH, fp8_products
+from .launch import FUSED_BATCH, LIBRARY_BATCH, fp8_products, fused_batch
 from .prologue import NO_PROLOGUE, Prologue
 from .registry import LIBRARY, NAMESPACE, check_floating, check_qdata, register, traced
 
@@ -108,9 +108,9 @@ def rows_of(x: torch.Tensor) -> torch.Tensor:
     return flat if flat.stride(-1) == 1 else flat.contiguous()
 
 
-def takes_fused_kernel(mma: str, dtype: torch.dtype, batch: int) -> bool:
-    """Whether the fused CUDA kernel multiplies `batch` rows of activations."""
-    return batch <= FUSED_BATCH and (mma == "int8" or (mma == "auto" and dtype != torch.float32))
+def takes_fused_kernel(mma: str, dtype: torch.dtype, batch: int, most: int = FUSED_BATCH) -> bool:
+    """Whether the fused CUDA kernel multiplies `batch` rows of activations; `most` from `fused_batch` of the device."""
+    return batch <= most and (mma == "int8" or (mma == "auto" and dtype != torch.float32))
 
 
 def _rice_linear_cuda(
@@ -133,7 +133,7 @@ def _rice_linear_cuda(
         return _rice_linear(x, qdata, act_pre_scale, bias, lattice, tile, code, seed, mma)
     qdata = qdata.contiguous()
     flat = rows_of(x)
-    if takes_fused_kernel(mma, x.dtype, flat.shape[0]):
+    if takes_fused_kernel(mma, x.dtype, flat.shape[0], fused_batch(x.device)):
         out = int8_linear(flat, qdata, act_pre_scale, bias, layout, seed)
     else:
         out = library_linear(flat, [qdata], act_pre_scale, [bias], [layout], seed, mma)

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .bits import INTERPRETED
 from .memory import load_16, load_16_float, load_global, store_16, store_global
-from .shared import commit_copies, copy_async_4, copy_async_8
+from .shared import commit_copies, copy_async_4, copy_async_8, copy_async_16, load_shared_16
 
 if INTERPRETED:
 
@@ -74,6 +74,35 @@ def stage_stream(
             source = words_ptr + tile_offset(strip, row, t, N, tiles, WORDS) + (RAW + word)
             copy_async_4(address + row * (ROW_BYTES + 8) + 4 * word, source)
     commit_copies(lane)
+
+
+@triton.jit
+def stage_tiles(words_ptr, strip, t, N, tiles, lane, address, WORDS: tl.constexpr, STRIDE: tl.constexpr):
+    """Start copying tile `t` of 16 rows to a buffer, rows STRIDE bytes apart; WORDS is a multiple of 4."""
+    CHUNKS: tl.constexpr = WORDS // 4
+    for step in tl.static_range(0, (16 * CHUNKS + 31) // 32):
+        index = step * 32 + lane
+        # past the last row: the same bytes again
+        row = tl.minimum(index // CHUNKS, 15)
+        chunk = index % CHUNKS
+        copy_async_16(address + row * STRIDE + 16 * chunk, words_ptr + tile_offset(strip, row, t, N, tiles, WORDS) + 4 * chunk)
+
+
+@triton.jit
+def stage_scales(column_ptr, lane, address, COLUMNS: tl.constexpr):
+    """Start copying COLUMNS scales to a buffer."""
+    for step in tl.static_range(0, (COLUMNS + 127) // 128):
+        # past the last column: the last ones again
+        place = tl.minimum(4 * (step * 32 + lane), COLUMNS - 4)
+        copy_async_16(address + 4 * place, column_ptr + place)
+
+
+@triton.jit
+def load_staged_chunks(words, address, j, FIRST: tl.constexpr, LAST: tl.constexpr):
+    """As `load_chunks`, from a tile in shared memory."""
+    for c in tl.static_range(FIRST, LAST):
+        words = words + load_shared_16(address + (64 * c + 16 * j))
+    return words
 
 
 @triton.jit

@@ -56,6 +56,7 @@ def ring_linear_kernel(
     PDL: gl.constexpr,
     STEPS: gl.constexpr,
     STAGES: gl.constexpr,
+    STAGED: gl.constexpr,
     SHARED_KB: gl.constexpr,
 ):
     """As `linear_kernel`, with a ring."""
@@ -108,5 +109,6 @@ def ring_linear_kernel(
         PDL,
         STEPS,
         STAGES,
+        STAGED,
         "global_smem",
     )

@@ -29,11 +29,6 @@ def buffer_bytes(row_bytes: int) -> int:
     return 32 * (row_bytes + 8) if row_bytes else 0
 
 
-def most_warps(row_bytes: int) -> int:
-    """Warps per block that shared memory has buffers for."""
-    return 8 if TABLE_BYTES.value + 8 * buffer_bytes(row_bytes) + OVERRUN <= SHARED_BYTES.value else 4
-
-
 def row_bytes(stream_words: int) -> int:
     """Bytes of a row's stream plane in a buffer, or 0 where it is too long for one."""
     return 64 if stream_words <= 16 else 128 if stream_words <= 32 else 0
@@ -72,6 +67,15 @@ if INTERPRETED:
         return tl.load(address.to(tl.pointer_type(tl.int32)))
 
     @triton.jit
+    def load_shared_16(address):
+        return load_shared(address), load_shared(address + 4), load_shared(address + 8), load_shared(address + 12)
+
+    @triton.jit
+    def load_shared_floats(address):
+        pointer = address.to(tl.pointer_type(tl.float32))
+        return tl.load(pointer), tl.load(pointer + 1)
+
+    @triton.jit
     def store_shared(address, value):
         tl.store(address.to(tl.pointer_type(tl.int32)), value)
 
@@ -107,6 +111,25 @@ else:
     def load_shared(address):
         """One int32 word per thread."""
         return tl.inline_asm_elementwise("ld.shared.b32 $0, [$1];", "=r,r", [address], tl.int32, is_pure=False, pack=1)
+
+    @triton.jit
+    def load_shared_16(address):
+        """Four int32 words per thread from 16 aligned bytes."""
+        return tl.inline_asm_elementwise(
+            "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];",
+            "=r,=r,=r,=r,r",
+            [address],
+            (tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=False,
+            pack=1,
+        )
+
+    @triton.jit
+    def load_shared_floats(address):
+        """Two fp32 per thread from 8 aligned bytes."""
+        return tl.inline_asm_elementwise(
+            "ld.shared.v2.f32 {$0, $1}, [$2];", "=f,=f,r", [address], (tl.float32, tl.float32), is_pure=False, pack=1
+        )
 
     @triton.jit
     def store_shared(address, value):

@@ -24,16 +24,29 @@ from .warp import mma_s8
 _BARRIER_BYTES = tl.constexpr(128)
 
 
-def ring_stages(columns: int) -> tuple[int, int]:
-    """(steps of 32 coefficients per chunk, chunks) of a ring for `columns` rows of the second factor."""
-    return 4, 4
+# shared memory that the blocks of a multiprocessor can have together, in KiB
+_MULTIPROCESSOR_KB = 226
 
 
-def ring_shared_kb(columns: int, num_warps: int, row_bytes: int) -> int:
-    """Shared memory in KiB of a block whose warps hold stream planes in rows of `row_bytes`."""
-    steps, stages = ring_stages(columns)
-    ring = stages * 32 * steps * columns + _BARRIER_BYTES.value
-    return -(-(TABLE_BYTES.value + num_warps * buffer_bytes(row_bytes) + ring) // 1024)
+def ring_shape(columns: int, num_warps: int, blocks: int, words: int, row_bytes: int, staged: bool) -> tuple[int, int, int]:
+    """Steps of 32 coefficients per chunk, chunks, and shared memory in KiB of a block with a ring for `columns` rows of the second factor.
+
+    Args:
+        blocks: of a multiprocessor.
+        words: of a tile, of which warps hold two of 16 rows if `staged`; else only stream planes, in rows of `row_bytes`.
+
+    Raises:
+        ValueError: there is no room for three chunks.
+    """
+    warp = 2 * 16 * (4 * words + 16) + 8 * columns if staged else buffer_bytes(row_bytes)
+    fixed = TABLE_BYTES.value + num_warps * warp + _BARRIER_BYTES.value
+    # few barriers, but three chunks at least
+    for steps in (4, 2, 1):
+        stages = (_MULTIPROCESSOR_KB // blocks * 1024 - fixed) // (32 * steps * columns)
+        if stages >= 3:
+            stages = min(stages, 4)
+            return steps, stages, -(-(fixed + stages * 32 * steps * columns) // 1024)
+    raise ValueError(f"columns must be fewer for {blocks} blocks of {num_warps} warps and tiles of {words} words, got {columns}")
 
 
 if INTERPRETED:
