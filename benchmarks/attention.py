@@ -71,11 +71,11 @@ def times_us(named_calls: dict[str, list[Callable[[], object]]]) -> dict[str, fl
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
-def coded(batch: int, context: int, layout: TileLayout) -> torch.Tensor:
-    """Slots `[batch, KV_HEADS, context, words]` of few random tokens in random order, which no kernel can notice."""
-    x = torch.randn(512, layout.tile, device="cuda")
+def coded(batch: int, context: int, layout: TileLayout, slots: int = KV_HEADS, device: torch.device | str = "cuda") -> torch.Tensor:
+    """Slots `[batch, slots, context, words]` of few random tokens in random order, which no kernel can notice."""
+    x = torch.randn(512, layout.tile, device=device)
     words = encode_tiles(*quantize_tiles(x, layout, start_rms(layout.code / 8, "e8"), 0), layout)
-    return words[torch.randint(0, 512, (batch, KV_HEADS, context), device="cuda")]
+    return words[torch.randint(0, 512, (batch, slots, context), device=device)]
 
 
 def ours(batch: int, context: int, bps: float, launch: AttentionLaunch | None = None) -> tuple[list[Callable[[], object]], int]:
