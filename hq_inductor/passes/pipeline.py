@@ -4,7 +4,7 @@
 2. `fuse_norm`, 3. `fuse_gate`: what comes before a layer. They exclude each other, and their order does not matter.
 4. `fuse_residual` last: it takes single layers, which merged ones no longer are.
 
-What is still a single layer then is called by the overload `no_grad`: the graph is below autograd, whose Python layer every call would pay for.
+What is still a single layer then is called by the overload `no_grad`: the graph is below autograd, whose Python layer is paid for per call.
 """
 
 from __future__ import annotations
