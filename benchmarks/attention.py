@@ -3,7 +3,7 @@
 Ours reads coded slots, 4 first and 64 newest tokens exact. Against `scaled_dot_product_attention` on a bf16 cache, the fastest of its
 backends, queries of a group as heads or as rows. No attention on an fp8 cache comes with torch; `fp8 bound` is half the bf16 time, what
 one would take that reads half the bytes at the same rate. Medians of CUDA-graph replays of calls that take turns on caches that do not fit
-the L2 together. The second table is the encoder: keys and values of one new token, or of a prompt, two launches.
+the L2 together. The second table is the encoder: keys and values of one new token, or of a prompt, one launch.
 python benchmarks/attention.py [--quick] [--bps 2 3 4] [--tune] [--json FILE]
 """
 
@@ -171,8 +171,7 @@ def measure_store(batches: list[int], prompts: list[int], rates: list[float]) ->
             for effort in (0, 1):
 
                 def call(words=words, layout=layout, effort=effort, x=x, position=position):
-                    for side in range(2):
-                        store(words[side], x[side], position, layout, effort)
+                    store(words[0], x[0], position, layout, effort, other=(words[1], x[1]))
 
                 named[f"{bps:g} bps, effort {effort}"] = [call]
         results.append({"batch": batch, "tokens": tokens, "time_us": times_us(named)})

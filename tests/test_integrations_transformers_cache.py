@@ -124,8 +124,11 @@ def test_compiled_generate_is_eager_generate(batch, padded):
     assert torch.equal(eager, compiled)
     names = [str(node.target) for node in graphs[0].graph.nodes]
     assert len(graphs) == 1
-    # per layer: keys and values stored, one attention, and nothing decodes the cache
-    assert sum("kv_store" in name for name in names) == 4 and sum("kv_attention" in name for name in names) == 2
+    # per layer: keys and values stored at once, one attention, and nothing decodes the cache
+    assert (
+        sum("kv_store_pair" in name for name in names) == sum("kv_store" in name for name in names) == 2
+        and sum("kv_attention" in name for name in names) == 2
+    )
     assert not any("kv_load" in name for name in names)
 
 

@@ -1,6 +1,6 @@
 """The KV cache of one attention layer.
 
-Definition.  `QuantizedKV` holds slots, exact tokens and their number, and calls `kv_encode` and `kv_attention`
+Definition.  `QuantizedKV` holds slots, exact tokens and their number, and calls `kv_encode_pair` and `kv_attention`
              (`hq_inductor.cache.functional`).
 Invariants.  All tensors are allocated once and changed in place; the number of tokens is a tensor on the device. So a step has static
              shapes, needs no host sync, and compiles into one graph or a CUDA graph. What does not fit is refused before anything is
@@ -22,7 +22,7 @@ from ..format.rotation import role_seed, rotation_matrix
 from ..ops.attention import merge_exact
 from ..ops.kv import write_rows
 from .config import KVConfig
-from .functional import kv_attention, kv_encode, rotate
+from .functional import kv_attention, kv_encode_pair, rotate
 
 # kernels read slots of this many tokens at a time
 TOKEN_BLOCK = 16
@@ -146,25 +146,27 @@ class QuantizedKV:
             if tokens >= MIN_CENTER_TOKENS:
                 self.k_offset.copy_(k.detach().mean(2, keepdim=True, dtype=torch.float32))
         position = self.length + torch.arange(tokens, device=self.length.device)
-        for words, exact, x, layout, rotation, offset, gain, seed in (
-            (self.k_words, self.k_exact, k, self.k_layout, self.k_rotation, self.k_offset, self.k_gain, self.k_seed),
-            (self.v_words, self.v_exact, v, self.v_layout, self.v_rotation, None, 1.0, self.v_seed),
-        ):
-            kv_encode(
-                words,
-                exact,
-                x,
-                position,
-                layout,
-                rotation,
-                sinks=config.sinks,
-                window=config.window,
-                offset=offset if config.center else None,
-                gain=gain,
-                effort=config.effort,
-                dither=config.dither,
-                seed=seed,
-            )
+        kv_encode_pair(
+            self.k_words,
+            self.v_words,
+            self.k_exact,
+            self.v_exact,
+            k,
+            v,
+            position,
+            self.k_layout,
+            self.v_layout,
+            self.k_rotation,
+            self.v_rotation,
+            sinks=config.sinks,
+            window=config.window,
+            k_offset=self.k_offset if config.center else None,
+            k_gain=self.k_gain,
+            effort=config.effort,
+            dither=config.dither,
+            k_seed=self.k_seed,
+            v_seed=self.v_seed,
+        )
         self.length.add_(tokens)
         if not torch.compiler.is_compiling():
             self._counted += tokens

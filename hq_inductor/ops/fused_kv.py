@@ -275,7 +275,13 @@ _MANY_SLOTS = 2048
 
 
 def store(
-    words: torch.Tensor, x: torch.Tensor, position: torch.Tensor, layout: TileLayout, effort: int = 1, launch: EncodeLaunch | None = None
+    words: torch.Tensor,
+    x: torch.Tensor,
+    position: torch.Tensor,
+    layout: TileLayout,
+    effort: int = 1,
+    launch: EncodeLaunch | None = None,
+    other: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """Encode tokens into their slots, in place.
 
@@ -285,9 +291,10 @@ def store(
         position: `[S]` int64, slots of the tokens; others than `[0, max_tokens)` are not written.
         layout: of the slots, e8.
         effort: 0 rounds to the nearest point, 1 by error and bits (`hq_inductor.format.quantizer`).
+        other: words and x of the same shapes, dtypes and layout, which are encoded in the same launch; or None.
 
     Raises:
-        ValueError: another lattice or effort, or a head_dim that is no multiple of 8 or no slot's.
+        ValueError: another lattice or effort, a head_dim that is no multiple of 8 or no slot's, or `other` is of another kind.
 
     Note: no host sync.
     """
@@ -299,18 +306,25 @@ def store(
     join = layout.tile // head_dim
     if head_dim % 8 or join == 0 or heads != -(-all_heads // join) or words.shape[0] != batch or word_count != layout.words:
         raise ValueError(f"slots {tuple(words.shape)} of {layout.tile} coefficients cannot hold tokens {tuple(x.shape)}")
-    if x.stride(-1) != 1:
-        x = x.contiguous()
+    words2, x2 = (words, x) if other is None else other
+    if (words2.shape, x2.shape, x2.dtype) != (words.shape, x.shape, x.dtype):
+        raise ValueError(
+            f"other must be like words {tuple(words.shape)} and x {tuple(x.shape)}, {x.dtype}, got {tuple(x2.shape)}, {x2.dtype}"
+        )
+    x, x2 = (states if states.stride(-1) == 1 else states.contiguous() for states in (x, x2))
     if x.numel() == 0:
         return
+    sides = 1 if other is None else 2
     if launch is None:
-        launch = (FEW if batch * heads * tokens < _MANY_SLOTS else MANY)[effort]
+        launch = (FEW if sides * batch * heads * tokens < _MANY_SLOTS else MANY)[effort]
     device = x.device
     pdl = dependent_launch(device)
-    encode_kernel[(batch * heads, tokens)](
+    encode_kernel[(batch * heads, tokens, sides)](
         x,
         position,
         words,
+        x2,
+        words2,
         layout.lengths(device),
         layout.codewords(device),
         _symbol_bits(layout, device),
@@ -318,6 +332,7 @@ def store(
         all_heads,
         max_tokens,
         *x.stride()[:3],
+        *x2.stride()[:3],
         PRICE * GRANULAR_ERROR["e8"] if effort else 0.0,
         start_rms(layout.code / 8, "e8"),
         MAX_OVERLOAD * GRANULAR_ERROR["e8"] * layout.tile,
@@ -334,6 +349,7 @@ def store(
         EFFORT=effort,
         CANDIDATES=launch.candidates,
         FINER=launch.finer,
+        PAIR=sides == 2,
         PDL=pdl,
         num_warps=launch.num_warps,
         **({"launch_pdl": True} if pdl else {}),

@@ -1,4 +1,4 @@
-"""Encode new tokens into slots of the KV cache: scale, lattice points and bits of one slot per program.
+"""Encode new tokens into slots of the KV cache: scale, lattice points and bits of one slot per program, keys and values side by side.
 
 Definition.  As `hq_inductor.format.quantizer`: the finest scale at which the code fits, points by error plus lambda times bits (effort 0:
              lambda 0, the nearest ones), then the least lambda that fits at that scale, and the least-squares scale. Slots decode with
@@ -130,11 +130,25 @@ def _raw_word(symbols, cosets, v, w: tl.constexpr, K: tl.constexpr):
     return word
 
 
-@triton.jit(do_not_specialize=["heads", "all_heads", "max_tokens", "stride_xb", "stride_xh", "stride_xs"])
+@triton.jit(
+    do_not_specialize=[
+        "heads",
+        "all_heads",
+        "max_tokens",
+        "stride_xb",
+        "stride_xh",
+        "stride_xs",
+        "stride_x2b",
+        "stride_x2h",
+        "stride_x2s",
+    ]
+)
 def encode_kernel(
     x_ptr,  # [B, all_heads, S, HEAD_DIM], strided, last dimension contiguous
     position_ptr,  # [S] int64
     words_ptr,  # [B, heads, max_tokens, WORDS] int32
+    x2_ptr,  # if PAIR another x of the same shape and dtype, strides of its own
+    words2_ptr,  # and its words
     lengths_ptr,  # [CLASSES^4] int32
     codewords_ptr,  # [CLASSES^4] int32
     bits_ptr,  # [2 LIMIT] fp32, of symbols -LIMIT to LIMIT - 1
@@ -144,6 +158,9 @@ def encode_kernel(
     stride_xb,
     stride_xh,
     stride_xs,
+    stride_x2b,
+    stride_x2h,
+    stride_x2s,
     price,  # lambda, squared units of the scale per bit
     start_rms,
     overload,  # squared error from clipping that a slot may have, in units of the scale
@@ -160,9 +177,10 @@ def encode_kernel(
     EFFORT: tl.constexpr,
     CANDIDATES: tl.constexpr,
     FINER: tl.constexpr,  # candidates that are finer than the scale at which Gaussians come to rest on the average (`start_rms`)
+    PAIR: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (i, s): token s of head i of slots."""
+    """Program (i, s, r): token s of head i of slots, of x for r = 0 and of the other one for r = 1."""
     GROUPS: tl.constexpr = TILE // 128
     RAW: tl.constexpr = 4 * K * GROUPS
     STREAM: tl.constexpr = WORDS - RAW
@@ -176,6 +194,10 @@ def encode_kernel(
     s = tl.program_id(1)
     b = unit // heads
     h = unit % heads
+    if PAIR:
+        if tl.program_id(2) == 1:
+            x_ptr, words_ptr = x2_ptr, words2_ptr
+            stride_xb, stride_xh, stride_xs = stride_x2b, stride_x2h, stride_x2s
     position = tl.load(position_ptr + s)
 
     vector = tl.arange(0, VECTORS)

@@ -81,10 +81,10 @@ def test_combine(capability, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("capability", "bps", "effort", "candidates"),
-    [(80, 4.0, 1, 32), (90, 4.0, 1, 32), (90, 4.0, 1, 16), (90, 2.0, 0, 32), (100, 3.0, 1, 16)],
+    ("capability", "bps", "effort", "candidates", "pair"),
+    [(80, 4.0, 1, 32, True), (90, 4.0, 1, 32, True), (90, 4.0, 1, 16, False), (90, 2.0, 0, 32, False), (100, 3.0, 1, 16, True)],
 )
-def test_encode(capability, bps, effort, candidates, tmp_path):
+def test_encode(capability, bps, effort, candidates, pair, tmp_path):
     layout = kv_layout(128, bps).tile
     constants = {
         "K": layout.rice_parameter,
@@ -100,17 +100,20 @@ def test_encode(capability, bps, effort, candidates, tmp_path):
         "EFFORT": effort,
         "CANDIDATES": candidates,
         "FINER": 8,
+        "PAIR": pair,
         "PDL": capability >= 90,
     }
     pointers = {
         "x_ptr": "*bf16",
         "position_ptr": "*i64",
         "words_ptr": "*i32",
+        "x2_ptr": "*bf16",
+        "words2_ptr": "*i32",
         "lengths_ptr": "*i32",
         "codewords_ptr": "*i32",
         "bits_ptr": "*fp32",
     }
-    sizes = ("heads", "all_heads", "max_tokens", "stride_xb", "stride_xh", "stride_xs")
+    sizes = ("heads", "all_heads", "max_tokens", "stride_xb", "stride_xh", "stride_xs", "stride_x2b", "stride_x2h", "stride_x2s")
     signature = {**pointers, **dict.fromkeys(sizes, "i32"), **dict.fromkeys(("price", "start_rms", "overload"), "fp32")}
     sass, _, _ = compile_ahead(encode_kernel, signature, constants, capability, candidates // 4, tmp_path)
     assert "LDL" not in sass and "STL" not in sass, "spilled registers"
