@@ -11,6 +11,7 @@ import torch
 
 from ..format.kv import KVLayout, exact_index
 from ..ops.kv import write_rows
+from ..ops.paging import cache_shape
 
 
 def rotate(x: torch.Tensor, matrix: torch.Tensor | None) -> torch.Tensor:
@@ -40,19 +41,21 @@ def kv_encode(
     effort: int = 1,
     dither: str | None = None,
     seed: int = 0,
+    page_table: torch.Tensor | None = None,
 ) -> None:
     """Write new keys or values of a layer into its cache, in place.
 
     Args:
-        words: int32 `[B, slots, max_tokens, words]`.
+        words: int32 `[B, slots, max_tokens, words]`, or with a page table `[num_pages, slots, page_size, words]`.
         exact: `[B, kv_heads, sinks + window, head_dim]`.
         x: `[B, kv_heads, S, head_dim]`, not rotated.
-        position: int64 `[S]` on the device, consecutive; those outside of `[0, max_tokens)` are not written.
+        position: int64 `[S]` on the device, or `[B, S]` of each row, consecutive; those outside of `[0, max_tokens)` are not written.
         layout: from `hq_inductor.format.kv.kv_layout`.
         rotation: `[head_dim, head_dim]`, applied from the right, or None.
         offset: `[B, kv_heads, 1, head_dim]`, subtracted from x; for keys, any vector that stays the same leaves attention as it is.
         gain: what slots are multiplied by; for keys without dither, `hq_inductor.format.kv.unbiased_gain(layout)`.
         sinks, window, effort, dither, seed: see `KVConfig`; `seed` is that of layer and role.
+        page_table: int32 `[B, max_pages]`, see `hq_inductor.format.kv`, or None.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or rates do not fit together.
@@ -62,10 +65,11 @@ def kv_encode(
         raise ValueError(f"x must have head_dim={layout.head_dim}, got {x.shape[-1]}")
     x = rotate(x if offset is None else (x - offset).to(x.dtype), rotation)
     lattice, tile, code = layout.tile.lattice, layout.tile.tile, layout.tile.code
-    torch.ops.hyperquant.kv_store(words, x if gain == 1 else x * gain, position, lattice, tile, code, effort, dither, seed)
+    scaled = x if gain == 1 else x * gain
+    torch.ops.hyperquant.kv_store(words, scaled, position, lattice, tile, code, effort, dither, seed, page_table)
     index = exact_index(position, sinks, window)
-    newest = (position < sinks) | (position > position[-1:] - window)
-    inside = (position >= 0) & (position < words.shape[2])
+    newest = (position < sinks) | (position > position[..., -1:] - window)
+    inside = (position >= 0) & (position < cache_shape(words, page_table)[1])
     write_rows(exact, torch.where(newest & inside, index, -1), x.to(exact.dtype))
 
 
@@ -91,17 +95,19 @@ def kv_attention(
     dither: str | None = None,
     k_seed: int = 0,
     v_seed: int = 0,
+    page_table: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of the newest tokens over a cache that `kv_encode` has written, theirs included.
 
     Args:
         query: `[B, Hq, S, head_dim]`, not rotated; the S newest tokens.
         k_words, v_words, k_exact, v_exact: as for `kv_encode`.
-        length: int64 `[1]` on the device, tokens stored.
+        length: int64 `[1]` on the device, or `[B]` of each row, tokens stored.
         start: int64 `[B]`, first position that counts (left padding), or None.
         mask: bool (true: seen) or added to the scores, `[B or 1, 1 or Hq, S, max_tokens or more]`, or None.
         scale: of the scores; None: `head_dim ** -0.5`.
         sliding_window: positions that a query sees, its own included; 0: all.
+        page_table: as for `kv_encode`; tokens without a page are seen as long as they are exact.
 
     Returns:
         `[B, Hq, S, head_dim]`, dtype of `query`; zeros where nothing is seen.
@@ -133,5 +139,6 @@ def kv_attention(
         dither,
         k_seed,
         v_seed,
+        page_table,
     )
     return rotate(out, None if v_rotation is None else v_rotation.t())

@@ -44,6 +44,12 @@ def find_slots(position: torch.Tensor, words: torch.Tensor, page_table: torch.Te
     return torch.where(inside & (page >= 0) & (page < num_pages), page, -1), position % page_size
 
 
+def gather_slots(words: torch.Tensor, page: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """Slots `[B, slots, S, W]` of pages and places `[B, S]` (`find_slots`), zeros where there is no page."""
+    found = torch.where((page >= 0)[:, :, None, None], words[page.clamp(min=0), :, place], 0)
+    return found.transpose(1, 2)
+
+
 def gather_pages(words: torch.Tensor, page_table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Slots in the order of positions, and which positions have one.
 
