@@ -20,12 +20,15 @@ from .kernels.kv_encode import encode_kernel
 from .kernels.slots import buffer_bytes
 from .kernels.softmax import combine_kernel
 from .launch import MMA_COLUMNS, dependent_launch, multiprocessors
+from .paging import cache_shape
 
 # bytes of shared memory for slots: what the tables leave of a kernel's static share
 _BUFFERS_BYTES = 16384
 # queries beyond this many blocks of columns are better served by decoding once
 MAX_COLUMN_BLOCKS = 4
 _BLOCKS_PER_PROCESSOR = 2
+# tokens that a warp takes at a time; they lie in one page
+STEP_TOKENS = 16
 # microseconds that a program takes per token and once (measured, H200, 4 bps, 2026-11-24), and a combining kernel adds; they only weigh
 # programs that would wait for a second wave against programs that stay idle
 _PER_TOKEN, _PER_PROGRAM, _COMBINE = 0.023, 3.0, 2.0
@@ -69,11 +72,17 @@ def attention_launch(units: int, max_tokens: int, processors: int, k_layout: Til
 
 
 def unsupported(
-    query: torch.Tensor, k_words: torch.Tensor, k_exact: torch.Tensor, mask: torch.Tensor | None, k_layout: TileLayout, v_layout: TileLayout
+    query: torch.Tensor,
+    k_words: torch.Tensor,
+    k_exact: torch.Tensor,
+    mask: torch.Tensor | None,
+    k_layout: TileLayout,
+    v_layout: TileLayout,
+    page_table: torch.Tensor | None = None,
 ) -> str | None:
     """Why `attend` cannot take these arguments, or None if it can."""
-    head_dim, queries = query.shape[-1], query.shape[2]
-    max_tokens, kv_heads = k_words.shape[2], k_exact.shape[1]
+    head_dim, queries, kv_heads, page_size = query.shape[-1], query.shape[2], k_exact.shape[1], k_words.shape[2]
+    max_tokens = cache_shape(k_words, page_table)[1]
     if k_layout.lattice != "e8" or v_layout.lattice != "e8":
         return f"lattice must be e8, got {k_layout.lattice} and {v_layout.lattice}"
     if k_layout.tile not in (128, 256) or k_layout.tile != v_layout.tile:
@@ -84,6 +93,8 @@ def unsupported(
         return f"slots are too long for shared memory, got {k_layout.words} and {v_layout.words} words"
     if max_tokens * k_layout.words % 4 or max_tokens * v_layout.words % 4 or max_tokens * max(k_layout.words, v_layout.words) >= 2**31:
         return f"max_tokens must be a multiple of 4 and a head of fewer than 2^31 words, got {max_tokens} tokens"
+    if page_table is not None and (page_size < STEP_TOKENS or page_size & (page_size - 1)):
+        return f"page_size must be a power of two of at least {STEP_TOKENS}, got {page_size}"
     if k_exact.dtype not in (torch.float16, torch.bfloat16) or query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"exact tokens must be fp16 or bf16 and queries that or fp32, got {k_exact.dtype} and {query.dtype}"
     if k_words.data_ptr() % 16 or k_exact.data_ptr() % 16:
@@ -120,6 +131,7 @@ def attend(
     k_layout: TileLayout,
     v_layout: TileLayout,
     launch: AttentionLaunch | None = None,
+    page_table: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of the newest tokens over a cache, decoded on the way into the tensor cores.
 
@@ -128,12 +140,14 @@ def attend(
         k_words, v_words: `[B, kv_heads / join, max_tokens, words]` int32, contiguous; join = tile / D, rounded up heads.
         k_exact, v_exact: `[B, kv_heads, sinks + window, D]` fp16 or bf16, contiguous: position p < sinks at p, else at
             `sinks + (p - sinks) % window`.
-        length: `[1]` int64, tokens stored; query s stands at position `length - S + s`.
+        length: `[1]` or `[B]` int64, tokens stored; query s stands at position `length - S + s`.
         start: `[B]` int64, first position seen, or None.
         mask: bool `[B or 1, 1, S, >= max_tokens]`, true where seen, last dimension contiguous, or None.
         scale: of scores.
         sliding_window: positions that a query sees, its own included; 0: all.
         k_layout, v_layout: of the slots; see `unsupported`.
+        page_table: int32 `[B, max_pages]`; then words are pools `[num_pages, kv_heads / join, page_size, words]`, and max_tokens is
+            `max_pages * page_size`. Slots of pages outside of `[0, num_pages)` are not seen.
 
     Returns:
         `[B, Hq, S, D]` in the basis of the values, dtype of `query`; zeros where nothing is seen.
@@ -144,14 +158,17 @@ def attend(
     Note: no host sync, and a launch that does not depend on `length`.
     """
     v_exact = v_exact.to(k_exact.dtype)
-    reason = unsupported(query, k_words, k_exact, mask, k_layout, v_layout) or unsupported(
-        query, v_words, v_exact, mask, k_layout, v_layout
+    reason = unsupported(query, k_words, k_exact, mask, k_layout, v_layout, page_table) or unsupported(
+        query, v_words, v_exact, mask, k_layout, v_layout, page_table
     )
     if reason is not None:
         raise ValueError(reason)
     batch, query_heads, queries, head_dim = query.shape
-    _, heads, max_tokens, _ = k_words.shape
+    heads, max_tokens = k_words.shape[1], cache_shape(k_words, page_table)[1]
     kv_heads, join = k_exact.shape[1], k_layout.tile // head_dim
+    paged = page_table is not None
+    # log2 of the steps in a page
+    page_shift = (k_words.shape[2] // STEP_TOKENS).bit_length() - 1 if paged else 0
     group = query_heads // kv_heads
     # rows are read 16 bytes at a time
     if query.stride(-1) != 1 or query.data_ptr() % 16 or any(s * query.element_size() % 16 for s in query.stride()[:3]):
@@ -180,13 +197,14 @@ def attend(
         _two_tables(k_layout, v_layout, device) if two_codes else k_layout.kernel_tables(device),
         k_exact,
         v_exact,
-        length,
-        length if start is None else start,
+        length.contiguous(),
+        length if start is None else start.contiguous(),
         length if mask is None else mask.view(torch.int8),
         out,
         partial,
         state,
         scratch,
+        page_table.contiguous() if paged else length,
         scale * math.log2(math.e),
         queries,
         group,
@@ -198,6 +216,9 @@ def attend(
         sliding_window,
         *query.stride()[:3],
         *mask_strides,
+        k_words.shape[0],
+        page_table.shape[1] if paged else 0,
+        page_shift,
         TILE=tile,
         K_RICE=k_layout.rice_parameter,
         K_SHIFT=k_layout.kernel_shift,
@@ -215,6 +236,8 @@ def attend(
         JOIN=join,
         HAS_START=start is not None,
         HAS_MASK=mask is not None,
+        OWN_LENGTHS=length.shape[0] > 1,
+        PAGED=paged,
         SPLIT=split,
         NUM_WARPS=launch.num_warps,
         PDL=pdl,
@@ -281,6 +304,7 @@ def store(
     layout: TileLayout,
     effort: int = 1,
     launch: EncodeLaunch | None = None,
+    page_table: torch.Tensor | None = None,
     other: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """Encode tokens into their slots, in place.
@@ -288,9 +312,11 @@ def store(
     Args:
         words: `[B, kv_heads / join, max_tokens, words]` int32, contiguous; join = tile / D, rounded down; heads rounded up.
         x: `[B, kv_heads, S, D]`, rotated, fp16, bf16 or fp32; NaN and infinities count as zeros.
-        position: `[S]` int64, slots of the tokens; others than `[0, max_tokens)` are not written.
+        position: `[S]` or `[B, S]` int64, contiguous, slots of the tokens; others than `[0, max_tokens)` are not written.
         layout: of the slots, e8.
         effort: 0 rounds to the nearest point, 1 by error and bits (`hq_inductor.format.quantizer`).
+        page_table: int32 `[B, max_pages]`; then words are a pool `[num_pages, kv_heads / join, page_size, words]`. Slots of pages outside
+            of `[0, num_pages)` are not written.
         other: words and x of the same shapes, dtypes and layout, which are encoded in the same launch; or None.
 
     Raises:
@@ -302,9 +328,10 @@ def store(
     if layout.lattice != "e8" or effort > 1:
         raise ValueError(f"lattice must be e8 and effort 0 or 1, got {layout.lattice!r} and {effort}")
     batch, all_heads, tokens, head_dim = x.shape
-    _, heads, max_tokens, word_count = words.shape
+    heads, word_count = words.shape[1], words.shape[3]
+    rows, max_tokens = cache_shape(words, page_table)
     join = layout.tile // head_dim
-    if head_dim % 8 or join == 0 or heads != -(-all_heads // join) or words.shape[0] != batch or word_count != layout.words:
+    if head_dim % 8 or join == 0 or heads != -(-all_heads // join) or rows != batch or word_count != layout.words:
         raise ValueError(f"slots {tuple(words.shape)} of {layout.tile} coefficients cannot hold tokens {tuple(x.shape)}")
     words2, x2 = (words, x) if other is None else other
     if (words2.shape, x2.shape, x2.dtype) != (words.shape, x.shape, x.dtype):
@@ -328,11 +355,16 @@ def store(
         layout.lengths(device),
         layout.codewords(device),
         _symbol_bits(layout, device),
+        position if page_table is None else page_table.contiguous(),
         heads,
         all_heads,
         max_tokens,
         *x.stride()[:3],
         *x2.stride()[:3],
+        tokens if position.dim() == 2 else 0,
+        words.shape[0],
+        0 if page_table is None else page_table.shape[1],
+        words.shape[2],
         PRICE * GRANULAR_ERROR["e8"] if effort else 0.0,
         start_rms(layout.code / 8, "e8"),
         MAX_OVERLOAD * GRANULAR_ERROR["e8"] * layout.tile,
@@ -350,6 +382,7 @@ def store(
         CANDIDATES=launch.candidates,
         FINER=launch.finer,
         PAIR=sides == 2,
+        PAGED=page_table is not None,
         PDL=pdl,
         num_warps=launch.num_warps,
         **({"launch_pdl": True} if pdl else {}),

@@ -183,6 +183,22 @@ def test_a_pair_is_keys_and_values_stored(bps, dither):
     assert all(torch.equal(a, b) and a.any() for a, b in zip(pair, alone, strict=True))
 
 
+def test_a_pair_follows_a_page_table():
+    layouts = kv_layout(128, 3), kv_layout(128, 2)
+    pools = [torch.zeros(4, 2, 4, layout.tile.words, dtype=torch.int32) for layout in layouts]
+    whole = [empty_words(2, 2, 8, layout) for layout in layouts]
+    states, position, table = (
+        torch.randn(2, 2, 2, 2, 128),
+        torch.tensor([[1, 6], [4, 0]]),
+        torch.tensor([[3, 0], [1, 2]], dtype=torch.int32),
+    )
+    codes = *key(layouts[0].tile), layouts[1].tile.code
+    OPS.kv_store_pair(*pools, *states, position, *codes, 0, page_table=table)
+    OPS.kv_store_pair(*whole, *states, position, *codes, 0)
+    for pool, words in zip(pools, whole, strict=True):
+        assert torch.equal(pool[table.long()].transpose(1, 2).reshape(words.shape), words) and words.any()
+
+
 @pytest.mark.parametrize("change", ["shape", "v_words", "v"])
 def test_a_pair_that_does_not_fit_stores_nothing(change):
     layout = kv_layout(128, 4)

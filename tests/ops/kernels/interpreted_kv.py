@@ -9,7 +9,7 @@ from hq_inductor.format.lattice import is_lattice_point
 from hq_inductor.format.layout import TileLayout
 from hq_inductor.format.rice import decode_tiles, encode_tiles
 from hq_inductor.ops.fused_kv import FEW, MANY, AttentionLaunch, attend, store
-from tests.kv_reference import attend_ref, decode_slots, encode_slots, random_cache
+from tests.kv_reference import attend_ref, decode_slots, encode_slots, paged, random_cache
 
 # bps (of keys and of values), head_dim, tile, batch, slots, group, queries, max_tokens, length, sinks, window, sliding, start, mask, dtype,
 # corrupt, launch
@@ -44,6 +44,27 @@ def check_attention(
         # any bits: no access out of range (the interpreter would crash), and numbers
         noise = [torch.randint(-(2**31), 2**31, words.shape).to(torch.int32) for words in cache[:2]]
         assert attend(query, *noise, *arguments[3:], launch).isfinite().all()
+
+
+def check_paged_attention(lengths, entries, page_size):
+    """Each row at its own length, from pages in no order; what has no page is as good as masked."""
+    layout, max_tokens, sinks, window, dtype = TileLayout("e8", 128, 28, 14), 2 * page_size, 2, 5, torch.bfloat16
+    rows = [random_cache([layout, layout], 128, 1, 1, max_tokens, length, sinks, window, dtype) for length in lengths]
+    cache = [torch.cat(parts) for parts in zip(*rows, strict=True)]
+    pools, table = paged(cache[:2], page_size)
+    query = torch.randn(2, 2, 2, 128).mul_(3).to(dtype)
+    mask = torch.rand(2, 1, 2, max_tokens) < 0.8
+    seen = mask.clone()
+    for (b, page), entry in entries.items():
+        table[b, page] = entry
+        seen[b, ..., max(page * page_size, sinks) : min((page + 1) * page_size, lengths[b] - window)] = False
+    tail = (128**-0.5, sinks, window, 0, layout, layout)
+    found = attend(query, *pools, *cache[2:], torch.tensor(lengths), None, mask, *tail, AttentionLaunch(2, 1), table)
+    for b, length in enumerate(lengths):
+        row = [x[b : b + 1] for x in (query, *cache)]
+        expected = attend_ref(*row, torch.tensor([length]), None, seen[b : b + 1], *tail)
+        error = (found[b : b + 1].double() - expected).abs().max() / expected.abs().max()
+        assert error < 1.5 * torch.finfo(dtype).eps, error
 
 
 # bps, tile, head_dim, effort, launches: every Rice parameter, joined heads with and without a missing one, tiles that fill no power of two
@@ -100,12 +121,38 @@ def check_store_pair():
     assert not torch.equal(*pair)
 
 
+def check_paged_store(page_size):
+    """In pages the slots of a contiguous cache, row by row; nothing anywhere else, and nothing without a page."""
+    layout = TileLayout("e8", 128, 24, 12)
+    x, position = torch.randn(2, 1, 3, 128), torch.tensor([[0, 2 * page_size - 1, -1], [page_size, 2 * page_size, page_size - 1]])
+    words = torch.full((2, 1, 2 * page_size, layout.words), 77, dtype=torch.int32)
+    store(words, x, position, layout, 0)
+    alone = torch.full_like(words[:1], 77)
+    store(alone, x[1:], position[1], layout, 0)
+    assert torch.equal(alone, words[1:]) and (words[:, 0, :, 0] != 77).nonzero().tolist() == [
+        [0, 0],
+        [0, 2 * page_size - 1],
+        [1, page_size - 1],
+        [1, page_size],
+    ]
+    # between pages that no row has
+    buffer = torch.full((7, 1, page_size, layout.words), 77, dtype=torch.int32)
+    pool, table = buffer[1:-1], torch.tensor([[3, 0], [2, 4]], dtype=torch.int32)
+    for entries in (table, torch.tensor([[-1, 5], [2**31 - 1, -(2**31)]], dtype=torch.int32)):
+        store(pool, x, position, layout, 0, page_table=entries)
+        assert torch.equal(pool[table.long()].transpose(1, 2).reshape(words.shape), words) and (buffer[[0, 2, -1]] == 77).all()
+
+
 def main() -> None:
     assert triton.knobs.runtime.interpret
     torch.manual_seed(0)
     for case in ATTENTION:
         check_attention(*case)
         print("ok", *case, flush=True)
+    check_paged_attention((64, 40), {(0, 1): 2**31 - 1, (1, 0): -(2**31)}, 32)
+    print("ok paged attention", flush=True)
+    check_paged_store(6)
+    print("ok paged store", flush=True)
     for case in STORE:
         check_store(*case)
         print("ok", *case[:4], flush=True)
