@@ -5,7 +5,7 @@ import torch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
-from hq_inductor.cache import KVConfig, QuantizedKV  # noqa: E402
+from hq_inductor.cache import KVConfig, PagedKV, PageTable, QuantizedKV  # noqa: E402
 
 
 def caches(batch, kv_heads, head_dim, dtype, **options):
@@ -46,6 +46,49 @@ def test_stored_and_attended_as_on_a_cpu(head_dim, kv_heads, options):
         expected = cpu.attend(query, *arguments).float()
         out = cuda.attend(query.cuda(), *(a if a is None else a.cuda() for a in arguments)).float().cpu()
         assert (out - expected).abs().max() < 0.03 * expected.abs().max()
+
+
+@pytest.mark.parametrize("head_dim", [96, 128])
+def test_paged_steps_in_a_cuda_graph(head_dim):
+    """Rows of different length, one of which ends while the graph stays; each as in a cache of its own."""
+    pages = PageTable(2, 8, 16, 64, device="cuda")
+    config = KVConfig(window=8, sinks=2)
+    paged = PagedKV(config, pages, 4, head_dim)
+    rows = [QuantizedKV(config, 1, 4, head_dim, 64, device="cuda") for _ in range(2)]
+    k, v, query = (torch.randn(2, heads, 1, head_dim, device="cuda", dtype=torch.bfloat16) for heads in (4, 4, 8))
+    tokens = torch.ones(2, dtype=torch.int64, device="cuda")
+
+    def step():
+        paged.store(k, v, tokens)
+        return paged.attend(query)
+
+    pages.reserve([1, 1])
+    step()
+    torch.cuda.synchronize()
+    paged.reset()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    lengths = [0, 0]
+    for index in range(50):
+        if index == 40:
+            pages.free(1)
+            paged.reset(1)
+            rows[1].reset()
+            lengths[1] = 0
+        new = [1, index % 2]
+        lengths = [a + b for a, b in zip(lengths, new, strict=True)]
+        pages.reserve(lengths)
+        for x in (k, v, query):
+            x.normal_()
+        tokens.copy_(torch.tensor(new))
+        graph.replay()
+        for b, row in enumerate(rows):
+            row.store(k[b : b + 1, :, : new[b]], v[b : b + 1, :, : new[b]])
+            if lengths[b]:
+                expected = row.attend(query[b : b + 1])
+                assert (found[b : b + 1] - expected).abs().max() < 0.02 * expected.abs().max()
+    assert paged.length.tolist() == lengths == [50, 5]
 
 
 def model_and_prompts(dtype, batch, padded, layers=2):
