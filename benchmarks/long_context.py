@@ -249,11 +249,11 @@ def plot(results: list[Result], path: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--memory", type=float, default=80.0, help="GB for weights and cache (default 80)")
-    parser.add_argument("--contexts", type=int, nargs="+", default=[8192, 32768], help="tokens per sequence (default 8192 32768)")
+    parser.add_argument("--contexts", type=int, nargs="+", help="tokens per sequence (default 8192 32768)")
     parser.add_argument("--bps", default="4", help="rate of our weights (default 4)")
     parser.add_argument("--cache-bps", type=float, nargs="+", default=[4.0, 2.0], help="rates of our cache (default 4 2)")
     parser.add_argument("--layers", type=int, help=f"decoder layers that run (default 4), scaled to {LAYERS}")
-    parser.add_argument("--quick", action="store_true", help="2 layers, unless given otherwise, and without masked bf16")
+    parser.add_argument("--quick", action="store_true", help="2 layers and 32768 tokens, unless given otherwise, and without masked bf16")
     parser.add_argument("--steps", type=int, default=8, help="decoded per sample (default 8)")
     parser.add_argument("--mode", choices=MODES, default="graph", help="how steps are run (default graph)")
     parser.add_argument("--device", default="cuda")
@@ -262,14 +262,14 @@ def main() -> None:
     parser.add_argument("--plot", help="write a picture")
     args = parser.parse_args()
     device = torch.device(args.device)
-    layers = args.layers or (2 if args.quick else 4)
-    shape = {**(TINY if args.tiny else LLAMA_3_8B), "max_position_embeddings": max(args.contexts)}
+    layers, contexts = args.layers or (2 if args.quick else 4), args.contexts or ([32768] if args.quick else [8192, 32768])
+    shape = {**(TINY if args.tiny else LLAMA_3_8B), "max_position_embeddings": max(contexts)}
     config = LlamaConfig(**shape, num_hidden_layers=layers, tie_word_embeddings=False)
     formats = [Format("bf16", None, "rows")] + ([] if args.quick else [Format("bf16", None)])
     formats += [Format(args.bps, bps) for bps in args.cache_bps]
     torch.manual_seed(0)
     start_compiler(args.mode, device)
-    results = measure(config, formats, args.contexts, 1e9 * args.memory, args.steps, args.mode, device)
+    results = measure(config, formats, contexts, 1e9 * args.memory, args.steps, args.mode, device)
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     print(f"{where}, {versions}, mode {args.mode}, {args.memory:g} GB, {layers} layers{' (tiny)' if args.tiny else ''}")

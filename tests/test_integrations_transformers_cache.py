@@ -147,7 +147,7 @@ def test_quantization_shows_at_low_rates_only():
 
 
 def test_generate_keeps_nothing_per_step():
-    """Storage of all tensors that Python reaches, between step 5 and step 45: the token ids and their mask grow, nothing else does."""
+    """Storage of all tensors that Python reaches, between step 5 and step 45: what `generate` knows of each token grows, nothing else."""
     model, inputs = tiny(kv_heads=1, head_dim=128), prompts(1, False)
     cache, held = HyperQuantCache(model.config, 64, window=4, sinks=1, effort=0), {}
 
@@ -161,7 +161,8 @@ def test_generate_keeps_nothing_per_step():
 
     model.generate(**inputs, past_key_values=cache, max_new_tokens=45, do_sample=False, disable_compile=True, stopping_criteria=[record])
     assert cache.get_seq_length() == 12 + 45 - 1
-    assert held[45] - held[5] <= 40 * 8 * 2
+    # ids, mask and, in some versions, positions; one row of hidden states kept per step would be 20 kB
+    assert held[45] - held[5] <= 40 * 8 * 3
 
 
 def test_beam_search():
