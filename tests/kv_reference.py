@@ -77,7 +77,10 @@ def attend_ref(
     seen = seen.expand(batch, 1, queries, stored)
     if start is not None:
         seen = seen & (positions >= start[:, None, None, None])
-    if mask is not None:
+    scores = query.double() @ sides[0].mT * scale
+    if mask is not None and mask.dtype == torch.bool:
         seen = seen & mask[..., :stored]
-    scores = (query.double() @ sides[0].mT * scale).masked_fill(~seen, float("-inf"))
+    elif mask is not None:
+        scores = scores + mask[..., :stored].double()
+    scores = scores.masked_fill(~seen, float("-inf"))
     return torch.nan_to_num(scores.softmax(-1)) @ sides[1]

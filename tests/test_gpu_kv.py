@@ -81,6 +81,24 @@ def test_attention_shapes(head_dim, seen):
             check(attend(*arguments), attend_ref(*arguments))
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.bfloat16, torch.float16])
+def test_attention_masks_of_heads(head_dim, dtype):
+    """Seen by some heads, or added to the scores; all rows of the batch share the first kind."""
+    from hq_inductor.ops.fused_kv import attend
+
+    layout, max_tokens, length = layout_of(4.0, head_dim), 640, 601
+    cache = random_cache([layout, layout], head_dim, 2, 2, max_tokens, length, 4, 32, torch.bfloat16, "cuda")
+    for group, queries in ((4, 1), (3, 3)):
+        heads = cache[2].shape[1] * group
+        query = torch.randn(2, heads, queries, head_dim, device="cuda", dtype=torch.bfloat16)
+        mask = torch.randn(1 if dtype == torch.bool else 2, heads, queries, max_tokens + 8, device="cuda") * 2
+        mask = mask < 1 if dtype == torch.bool else mask.masked_fill(mask > 3, float("-inf")).to(dtype)
+        lengths = torch.tensor([length], device="cuda")
+        arguments = (query, *cache, lengths, None, mask, head_dim**-0.5, 4, 32, 0, layout, layout)
+        check(attend(*arguments), attend_ref(*arguments))
+
+
 @pytest.mark.parametrize(("batch", "heads", "max_tokens"), [(1, 8, 16384), (3, 8, 4096), (32, 8, 1024), (1, 1, 100)])
 def test_attention_splits(batch, heads, max_tokens):
     """From one program per head to all of them on one; peaked scores, of which a part sees the largest or does not."""

@@ -161,7 +161,7 @@ def kv_attention(
         k_words, v_words, k_exact, v_exact: as for `kv_encode`.
         length: int64 `[1]` on the device, or `[B]` of each row, tokens stored.
         start: int64 `[B]`, first position that counts (left padding), or None.
-        mask: bool (true: seen) or added to the scores, `[B or 1, 1 or Hq, S, max_tokens or more]`, or None.
+        mask: bool (true: seen) or added to the scores (-1e30 or less hides), `[B or 1, 1 or Hq, S, max_tokens or more]`, or None.
         scale: of the scores; None: `head_dim ** -0.5`.
         sliding_window: positions that a query sees, its own included; 0: all.
         page_table: as for `kv_encode`; tokens without a page are seen as long as they are exact.

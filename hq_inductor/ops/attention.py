@@ -3,12 +3,13 @@
 Definition.  `softmax(scale q k^T + mask) v`, softmax in fp32. Keys and values of positions `[sinks, length - window)` come from slots,
              all others from the exact buffers (`hq_inductor.format.kv`). Queries are in K's rotated basis, results in V's.
              Query s of S stands at position `length - S + s` and sees positions up to its own, from `start` on, of the newest
-             `sliding_window`, where `mask` allows. A query that sees nothing yields zeros. `length` is that of all rows of the batch,
-             or one for each. With a page table, words are pools, and positions of slots without a page are not seen.
+             `sliding_window`, where `mask` allows: bools are true there, numbers are added to the scores, and -1e30 or less hides. A query
+             that sees nothing yields zeros. `length` is that of all rows of the batch, or one for each. With a page table, words are
+             pools, and positions of slots without a page are not seen.
 Invariants.  No host sync. Any words, lengths, starts and page tables are read without error; corrupt ones give wrong finite numbers.
 Choice.      On a CPU, plain PyTorch over the stored tokens. On CUDA the kernel that decodes while it attends
              (`hq_inductor.ops.fused_kv.attend`), where its `unsupported` has no objection: few queries, slots of 128 or 256 values,
-             e8, masks that heads share. Otherwise slots are decoded to the queries' dtype for the library's attention.
+             e8. Otherwise slots are decoded to the queries' dtype for the library's attention.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from ..format.layout import TileLayout
 from .kv import check_words, load, slot_heads
 from .paging import cache_shape, check_page_table, gather_pages
 from .registry import check_floating, register
+
+# what is added to a score and takes its token out: kernels do not tell such scores from those of tokens that are not seen
+_HIDES = -1e30
 
 
 def exact_positions(tokens: int, length: torch.Tensor, sinks: int, window: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,6 +54,11 @@ def visible(query_tokens: int, tokens: int, length: torch.Tensor, start: torch.T
     return seen if start is None else seen & (position >= start[:, None, None, None])
 
 
+def _allows(mask: torch.Tensor) -> torch.Tensor:
+    """Where a mask does not hide."""
+    return mask if mask.dtype == torch.bool else mask > _HIDES
+
+
 def attend_ref(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, seen: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
@@ -71,9 +80,8 @@ def attend_ref(
     scores = (grouped @ keys.to(dtype).mT).view(batch, heads, tokens, -1) * scale
     if mask is not None:
         mask = mask[..., : keys.shape[2]]
-        if mask.dtype == torch.bool:
-            seen = seen & mask
-        else:
+        seen = seen & _allows(mask)
+        if mask.dtype != torch.bool:
             scores = scores + mask
     scores = scores.masked_fill(~seen, float("-inf"))
     # a row without a visible position has no maximum
@@ -87,12 +95,12 @@ def _attend_library(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, seen: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
     """`attend_ref` by the library's attention in half precision."""
-    allowed = seen
-    if mask is not None and mask.dtype == torch.bool:
-        allowed = seen & mask[..., : keys.shape[2]]
-    bias = allowed
-    if mask is not None and mask.dtype != torch.bool:
-        bias = mask[..., : keys.shape[2]].to(query.dtype).masked_fill(~seen, float("-inf"))
+    bias = allowed = seen
+    if mask is not None:
+        mask = mask[..., : keys.shape[2]]
+        bias = allowed = seen & _allows(mask)
+        if mask.dtype != torch.bool:
+            bias = mask.to(query.dtype).masked_fill(~allowed, float("-inf"))
     out = F.scaled_dot_product_attention(query, keys, values, attn_mask=bias, scale=scale, enable_gqa=query.shape[1] != keys.shape[1])
     # libraries differ in what a row without a visible position gives
     return torch.where(allowed.any(-1, keepdim=True), out, 0)

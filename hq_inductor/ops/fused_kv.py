@@ -27,6 +27,7 @@ _BUFFERS_BYTES = 16384
 # queries beyond this many blocks of columns are better served by decoding once
 MAX_COLUMN_BLOCKS = 4
 _BLOCKS_PER_PROCESSOR = 2
+_MASKS = (torch.bool, torch.float16, torch.bfloat16, torch.float32)
 # tokens that a warp takes at a time; they lie in one page
 STEP_TOKENS = 16
 # microseconds that a program takes per token and once (measured, H200, 4 bps, 2026-11-24), and a combining kernel adds; they only weigh
@@ -101,8 +102,10 @@ def unsupported(
         return "tensors must start at multiples of 16 bytes"
     if -(-queries * (k_layout.tile // head_dim) * (query.shape[1] // kv_heads) // MMA_COLUMNS) > MAX_COLUMN_BLOCKS:
         return f"{queries} queries per head are too many"
-    if mask is not None and (mask.dtype != torch.bool or mask.shape[1] != 1 or mask.stride(-1) != 1 or mask.shape[-1] < max_tokens):
-        return "mask must be bool, the same for all heads, contiguous in the last dimension, and as long as the cache"
+    if mask is not None:
+        last = sum((size - 1) * stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
+        if mask.dtype not in _MASKS or mask.stride(-1) != 1 or mask.shape[-1] < max_tokens or last >= 2**31:
+            return f"mask must be bool or up to 32 bits wide, contiguous in the last dimension, and as long as the cache, got {mask.dtype}"
     return None
 
 
@@ -142,7 +145,8 @@ def attend(
             `sinks + (p - sinks) % window`.
         length: `[1]` or `[B]` int64, tokens stored; query s stands at position `length - S + s`.
         start: `[B]` int64, first position seen, or None.
-        mask: bool `[B or 1, 1, S, >= max_tokens]`, true where seen, last dimension contiguous, or None.
+        mask: `[B or 1, 1 or Hq, S, >= max_tokens]`, last dimension contiguous, or None; bool, true where seen, or fp16, bf16 or fp32 and
+            added to the scores, where -1e30 or less hides.
         scale: of scores.
         sliding_window: positions that a query sees, its own included; 0: all.
         k_layout, v_layout: of the slots; see `unsupported`.
@@ -189,7 +193,10 @@ def attend(
     scratch = k_words if query.is_cuda else torch.empty(12288, dtype=torch.int32)
     pdl = dependent_launch(device)
     options = {"launch_pdl": True} if pdl else {}
-    mask_strides = (mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(2)) if mask is not None else (0, 0)
+    mask_strides = (0, 0, 0)
+    if mask is not None:
+        mask_strides = (*(mask.stride(i) if mask.shape[i] > 1 else 0 for i in (0, 1)), mask.stride(2))
+        mask = mask.view(torch.int8) if mask.dtype == torch.bool else mask
     attention_kernel[(units, splits, column_blocks)](
         query,
         k_words,
@@ -199,7 +206,7 @@ def attend(
         v_exact,
         length.contiguous(),
         length if start is None else start.contiguous(),
-        length if mask is None else mask.view(torch.int8),
+        length if mask is None else mask,
         out,
         partial,
         state,

@@ -102,6 +102,8 @@ def test_attention_against_sdpa(head_dim, length, queries, sinks, window, case):
         mask = (torch.rand(2, 1, queries, tokens + 3) < 0.5).index_fill(3, torch.tensor([0]), True)
     elif case == "float mask":
         mask = torch.randn(1, heads, queries, tokens)
+        mask[..., 1::3] = float("-inf")
+        mask[..., 2::5] = torch.finfo(torch.float32).min
     out = attention(query, k, v, length, start, mask, sinks, window, sliding)
 
     bias = torch.zeros(2, heads, queries, length, dtype=torch.float64)
@@ -113,7 +115,8 @@ def test_attention_against_sdpa(head_dim, length, queries, sinks, window, case):
                 if mask is not None and mask.dtype == torch.bool:
                     hidden = hidden or not mask[b, 0, s, p]
                 elif mask is not None:
-                    bias[b, :, s, p] += mask[0, :, s, p]
+                    # what hides so much of a score hides it
+                    bias[b, :, s, p] += mask[0, :, s, p] if mask[0, 0, s, p] > -1e30 else float("-inf")
                 if hidden:
                     bias[b, :, s, p] = float("-inf")
     expected = F.scaled_dot_product_attention(query.double(), k[2].double(), v[2].double(), attn_mask=bias, scale=0.1, enable_gqa=True)

@@ -1,8 +1,9 @@
 """Attention over the KV cache for few queries: coded slots and exact tokens, straight into the tensor cores.
 
 Definition.  `out[c] = sum_t softmax_t(scale * <query[c], K_t>) V_t` over the tokens t that column c sees: causal, from `start`, in the
-             sliding window, where the mask is true. Tokens in `[sinks, length - window)` are read from slots, all others from the
-             exact buffers. PAGED: slots of a page that is not there are not seen (`hq_inductor.format.kv`).
+             sliding window, where a mask of bools is true; a mask of numbers is added to the scores. Tokens in `[sinks, length - window)`
+             are read from slots, all others from the exact buffers. PAGED: slots of a page that is not there are not seen
+             (`hq_inductor.format.kv`).
              A column is one query vector; up to 8 of them share what is decoded: queries of a group, of joined heads, of a few positions.
 Arithmetic.  Queries are rounded to 15 bits, `128 hi + lo`, so a score is two int8 products with the codes, exact in int32. A weight is
              `exp2(score - m) * scale_t`, scale_t of the V slot, rounded to fp16 last of all; m follows the largest of them. V's
@@ -27,7 +28,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .bits import INTERPRETED
-from .exact_tokens import exact_step, query_8
+from .exact_tokens import apply_mask, exact_step, query_8
 from .shared import (
     declare_shared,
     load_shared,
@@ -90,6 +91,7 @@ def _coded_before(part, total, active, exact_rounds, share):
         "stride_qh",
         "stride_qs",
         "stride_mb",
+        "stride_mh",
         "stride_ms",
         "num_pages",
         "max_pages",
@@ -105,7 +107,7 @@ def attention_kernel(
     v_exact_ptr,  # the same
     length_ptr,  # [1] int64, or [B] if OWN_LENGTHS
     start_ptr,  # [B] int64 if HAS_START
-    mask_ptr,  # [B, queries, max_tokens] int8, strided, if HAS_MASK
+    mask_ptr,  # [B, kv_heads * group, queries, max_tokens] int8 or floating point, strided, if HAS_MASK
     out_ptr,  # [B, kv_heads * group, queries, HEAD_DIM]
     partial_ptr,  # [B * heads, column blocks, splits, 8, TILE] fp32 if SPLIT
     state_ptr,  # [B * heads, column blocks, splits, 8, 2] fp32 if SPLIT: m and l
@@ -124,6 +126,7 @@ def attention_kernel(
     stride_qh,
     stride_qs,
     stride_mb,
+    stride_mh,
     stride_ms,
     num_pages,
     max_pages,
@@ -279,7 +282,8 @@ def attention_kernel(
         high = high + (tl.where(real, at, -1),)
         coded_last = tl.minimum(tl.minimum(at, coded_end - 1), 16 * step_end - 1)
         counts = counts + (tl.where(real, tl.maximum(coded_last - tl.maximum(column_first, sinks) + 1, 0), 0),)
-        mask_rows = mask_rows + (b * stride_mb + tl.minimum(position, queries - 1) * stride_ms,)
+        q_head = tl.minimum((h * JOIN + own_sub) * group + own % group, kv_heads * group - 1)
+        mask_rows = mask_rows + (b * stride_mb + q_head * stride_mh + tl.minimum(position, queries - 1) * stride_ms,)
         q_scale = q_scale + (from_lane(largest, 8 * j + 4 * i, NUM_WARPS) * (scale / 16256.0),)
     first_0 = tl.maximum(low[0], sinks)
     first_1 = tl.maximum(low[1], sinks)
@@ -399,10 +403,10 @@ def attention_kernel(
         x2 = (s2 * 128 + t2).to(tl.float32) * (k_scale_v * q_scale[0])
         x3 = (s3 * 128 + t3).to(tl.float32) * (k_scale_v * q_scale[1])
         if HAS_MASK:
-            keep_u0 = keep_u0 & (seen_u0 != 0)
-            keep_u1 = keep_u1 & (seen_u1 != 0)
-            keep_v0 = keep_v0 & (seen_v0 != 0)
-            keep_v1 = keep_v1 & (seen_v1 != 0)
+            x0, keep_u0 = apply_mask(x0, keep_u0, seen_u0)
+            x1, keep_u1 = apply_mask(x1, keep_u1, seen_u1)
+            x2, keep_v0 = apply_mask(x2, keep_v0, seen_v0)
+            x3, keep_v1 = apply_mask(x3, keep_v1, seen_v1)
         scores = (
             tl.where(keep_u0, x0, float("-inf")),
             tl.where(keep_u1, x1, float("-inf")),

@@ -18,7 +18,7 @@ ATTENTION = [
     (2.0, 128, 128, 1, 1, 8, 1, 64, 60, 4, 12, 0, False, False, torch.float16, False, AttentionLaunch(1, 2)),
     ((3.0, 2.0), 128, 128, 1, 1, 3, 3, 44, 44, 3, 1, 0, False, True, torch.bfloat16, False, AttentionLaunch(1, 2)),
     (2.5, 64, 128, 1, 1, 2, 2, 48, 40, 0, 8, 0, False, False, torch.bfloat16, True, AttentionLaunch(2, 1)),
-    ((3.5, 4.0), 128, 128, 1, 1, 4, 2, 48, 48, 4, 8, 24, False, False, torch.float16, False, AttentionLaunch(1, 1)),
+    ((3.5, 4.0), 128, 128, 1, 1, 4, 2, 48, 48, 4, 8, 24, False, "added", torch.float16, False, AttentionLaunch(1, 1)),
     (5.0, 128, 128, 1, 1, 4, 1, 32, 20, 0, 0, 0, False, False, torch.bfloat16, True, AttentionLaunch(1, 1)),
     (4.0, 256, 256, 1, 1, 2, 1, 40, 40, 4, 20, 0, False, False, torch.bfloat16, False, AttentionLaunch(1, 1)),
     (4.0, 128, 128, 1, 1, 4, 2, 64, 3, 4, 16, 0, False, False, torch.bfloat16, False, AttentionLaunch(1, 2)),
@@ -33,7 +33,11 @@ def check_attention(
     kv_heads = heads * (tile // head_dim)
     query = torch.randn(batch, kv_heads * group, queries, head_dim).mul_(3).to(dtype)
     start = torch.randint(0, length // 2, (batch,)) if start else None
-    mask = torch.rand(batch, 1, queries, max_tokens) < 0.8 if mask else None
+    if mask == "added":
+        mask = torch.randn(batch, kv_heads * group, queries, max_tokens).mul_(3).to(dtype)
+        mask[mask < -3] = float("-inf")
+    else:
+        mask = torch.rand(batch, 1, queries, max_tokens) < 0.8 if mask else None
     arguments = (query, *cache, torch.tensor([length]), start, mask, head_dim**-0.5, sinks, window, sliding, *layouts)
     expected = attend_ref(*arguments)
     found = attend(*arguments, launch)

@@ -71,7 +71,7 @@ def test_attention(capability, bps, head_dim, two_codes, paged, tmp_path):
         "page_ptr": "*i32",
     }
     sizes = ("queries", "group", "heads", "kv_heads", *ATTENTION_SCALARS)
-    strides = ("stride_qb", "stride_qh", "stride_qs", "stride_mb", "stride_ms")
+    strides = ("stride_qb", "stride_qh", "stride_qs", "stride_mb", "stride_mh", "stride_ms")
     signature = {**pointers, "scale": "fp32", **dict.fromkeys(sizes + strides, "i32")}
     sass, used, shared = compile_ahead(
         attention_kernel, signature, constants, capability, launch.num_warps, tmp_path, maxnreg=launch.registers
