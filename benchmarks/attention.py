@@ -3,8 +3,9 @@
 Ours reads coded slots, 4 first and 64 newest tokens exact. Against `scaled_dot_product_attention` on a bf16 cache, the fastest of its
 backends, queries of a group as heads or as rows. No attention on an fp8 cache comes with torch; `fp8 bound` is half the bf16 time, what
 one would take that reads half the bytes at the same rate. Medians of CUDA-graph replays of calls that take turns on caches that do not fit
-the L2 together. The second table is the encoder: keys and values of one new token, or of a prompt, two launches.
-python benchmarks/attention.py [--quick] [--bps 2 3 4] [--tune] [--json FILE]
+the L2 together. `--page-size` adds the same cache in pages of so many tokens, in random order, a length for each row. The second table is
+the encoder: keys and values of one new token, or of a prompt, one launch.
+python benchmarks/attention.py [--quick] [--bps 2 3 4] [--page-size 64] [--tune] [--json FILE]
 """
 
 from __future__ import annotations
@@ -71,25 +72,29 @@ def times_us(named_calls: dict[str, list[Callable[[], object]]]) -> dict[str, fl
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
-def coded(batch: int, context: int, layout: TileLayout) -> torch.Tensor:
-    """Slots `[batch, KV_HEADS, context, words]` of few random tokens in random order, which no kernel can notice."""
-    x = torch.randn(512, layout.tile, device="cuda")
+def coded(batch: int, context: int, layout: TileLayout, slots: int = KV_HEADS, device: torch.device | str = "cuda") -> torch.Tensor:
+    """Slots `[batch, slots, context, words]` of few random tokens in random order, which no kernel can notice."""
+    x = torch.randn(512, layout.tile, device=device)
     words = encode_tiles(*quantize_tiles(x, layout, start_rms(layout.code / 8, "e8"), 0), layout)
-    return words[torch.randint(0, 512, (batch, KV_HEADS, context), device="cuda")]
+    return words[torch.randint(0, 512, (batch, slots, context), device=device)]
 
 
-def ours(batch: int, context: int, bps: float, launch: AttentionLaunch | None = None) -> tuple[list[Callable[[], object]], int]:
-    """Calls on different caches and the bytes of one."""
+def ours(
+    batch: int, context: int, bps: float, launch: AttentionLaunch | None = None, page_size: int | None = None
+) -> tuple[list[Callable[[], object]], int]:
+    """Calls on different caches, in pages if there is a page size, and the bytes of one."""
     layout = kv_layout(HEAD_DIM, bps).tile
     query = torch.randn(batch, QUERY_HEADS, 1, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
-    length = torch.tensor([context], device="cuda")
+    length = torch.tensor([context] * (batch if page_size else 1), device="cuda")
+    max_pages = -(-context // page_size) if page_size else 0
     size = 2 * batch * KV_HEADS * (4 * context * layout.words + 2 * (SINKS + WINDOW) * HEAD_DIM)
     calls = []
     for _ in range(copies(size)):
-        sides = [coded(batch, context, layout) for _ in range(2)]
+        sides = [coded(*((batch * max_pages, page_size) if page_size else (batch, context)), layout) for _ in range(2)]
+        table = torch.randperm(batch * max_pages, device="cuda").view(batch, max_pages).to(torch.int32) if page_size else None
         sides += [torch.randn(batch, KV_HEADS, SINKS + WINDOW, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
         arguments = (query, *sides, length, None, None, HEAD_DIM**-0.5, SINKS, WINDOW, 0, layout, layout)
-        calls.append(lambda arguments=arguments: attend(*arguments, launch))
+        calls.append(lambda arguments=arguments, table=table: attend(*arguments, launch, table))
     return calls, size
 
 
@@ -113,7 +118,7 @@ def bf16(batch: int, context: int) -> tuple[dict[str, list[Callable[[], object]]
     return named, size
 
 
-def measure(batches: list[int], contexts: list[int], rates: list[float]) -> list[dict]:
+def measure(batches: list[int], contexts: list[int], rates: list[float], page_size: int | None = None) -> list[dict]:
     results = []
     for batch in tqdm(batches, desc="batches"):
         for context in tqdm(contexts, desc=f"batch {batch}", leave=False):
@@ -125,6 +130,8 @@ def measure(batches: list[int], contexts: list[int], rates: list[float]) -> list
             for bps in rates:
                 calls, sizes[bps] = ours(batch, context, bps)
                 named[f"ours {bps:g}"] = calls
+                if page_size:
+                    named[f"ours {bps:g} paged"], _ = ours(batch, context, bps, page_size=page_size)
             results.append({"batch": batch, "context": context, "bytes": sizes, "bytes_bf16": bytes_bf16, "time_us": times_us(named)})
             del named, calls
             torch.cuda.empty_cache()
@@ -142,9 +149,10 @@ def tune(batch: int, context: int, bps: float) -> list[tuple[float, AttentionLau
 
 
 def table(results: list[dict]) -> str:
+    paged = any(name.endswith("paged") for row in results for name in row["time_us"])
     lines = [
-        "| batch | context | bps | ours, us | bf16, us | by | ours is | fp8 bound, us | cache, MB | GB/s |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| batch | context | bps | ours, us | bf16, us | by | ours is | fp8 bound, us | cache, MB | GB/s |" + " paged, us |" * paged,
+        "|---|---|---|---|---|---|---|---|---|---|" + "---|" * paged,
     ]
     for row in results:
         times = row["time_us"]
@@ -153,7 +161,7 @@ def table(results: list[dict]) -> str:
             us = times[f"ours {bps:g}"]
             lines.append(
                 f"| {row['batch']} | {row['context']} | {bps:g} | {us:.1f} | {best:.1f} | {name} | {best / us:.2f}x | {best / 2:.1f} "
-                f"| {size / 1e6:.1f} | {size / us / 1e3:.0f} |"
+                f"| {size / 1e6:.1f} | {size / us / 1e3:.0f} |" + (f" {times[f'ours {bps:g} paged']:.1f} |" if paged else "")
             )
     return "\n".join(lines)
 
@@ -171,8 +179,7 @@ def measure_store(batches: list[int], prompts: list[int], rates: list[float]) ->
             for effort in (0, 1):
 
                 def call(words=words, layout=layout, effort=effort, x=x, position=position):
-                    for side in range(2):
-                        store(words[side], x[side], position, layout, effort)
+                    store(words[0], x[0], position, layout, effort, other=(words[1], x[1]))
 
                 named[f"{bps:g} bps, effort {effort}"] = [call]
         results.append({"batch": batch, "tokens": tokens, "time_us": times_us(named)})
@@ -193,6 +200,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+")
     parser.add_argument("--context", type=int, nargs="+")
     parser.add_argument("--quick", action="store_true", help="half of the contexts")
+    parser.add_argument("--page-size", type=int, help="also time caches in pages of so many tokens: a power of two of at least 16")
     parser.add_argument("--json", help="write all figures to a file")
     parser.add_argument("--tune", action="store_true", help="time launches of the attention kernel instead")
     arguments = parser.parse_args()
@@ -206,7 +214,7 @@ def main() -> None:
                 found = tune(batch, context, arguments.bps[-1])
                 print(f"batch {batch}, context {context}:", *[f"{us:.1f} us {launch}" for us, launch in found], sep="\n    ", flush=True)
         return
-    results = measure(batches, contexts, arguments.bps)
+    results = measure(batches, contexts, arguments.bps, arguments.page_size)
     print(table(results))
     stored = measure_store(batches, [1024] if arguments.quick else [1024, 8192], arguments.bps)
     print("\nStoring keys and values, us\n" + store_table(stored))

@@ -4,7 +4,7 @@ from . import compile as _compile  # noqa: F401  (the first traced layer install
 from . import ops, passes
 from .allocate import allocate_rates
 from .balance import BalancedGroup, balance_columns
-from .cache import KVConfig, QuantizedKV
+from .cache import KVConfig, PagedKV, PageTable, QuantizedKV
 from .module import HyperQuantLinear
 from .moments import measure_moments
 from .quantize import HyperQuantWeightConfig, hyperquant_weight
@@ -19,6 +19,8 @@ __all__ = [
     "HyperQuantTensor",
     "HyperQuantWeightConfig",
     "KVConfig",
+    "PageTable",
+    "PagedKV",
     "QuantizationReport",
     "QuantizedKV",
     "allocate_rates",

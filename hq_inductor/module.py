@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from .ops.linear import call_linear
 from .tensor import HyperQuantTensor, check_layout
 
 
@@ -99,9 +100,7 @@ class HyperQuantLinear(nn.Linear):
         self.__class__ = nn.Linear
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return torch.ops.hyperquant.rice_linear(
-            input, self.qdata, self.act_pre_scale, self.bias, self.lattice, self.tile, self.code, self.seed, self.mma
-        )
+        return call_linear(input, self.qdata, self.act_pre_scale, self.bias, self.lattice, self.tile, self.code, self.seed, self.mma)
 
     def _apply(self, fn, recurse: bool = True):
         # words have no floating dtype, but `model.half()` is expected to change what `weight.dtype` says

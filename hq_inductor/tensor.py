@@ -13,6 +13,7 @@ from .format.layout import FORMAT_VERSION, MAX_SCALE
 from .format.mma import check_mma
 from .format.quantizer import quantize_with_feedback
 from .format.rates import WeightLayout, weight_layout
+from .ops.linear import call_linear
 from .ops.registry import tile_layout
 
 aten = torch.ops.aten
@@ -269,9 +270,7 @@ def linear(x: torch.Tensor, weight: HyperQuantTensor, bias: torch.Tensor | None 
         raise ValueError(f"weight of linear must be a matrix, got shape {tuple(weight.shape)}; select one of the stack")
     if x.shape[-1] != weight.in_features:
         raise ValueError(f"x must have {weight.in_features} features in its last dimension, got shape {tuple(x.shape)}")
-    return torch.ops.hyperquant.rice_linear(
-        x, weight.qdata, weight.act_pre_scale, bias, weight.lattice, weight.tile, weight.code, weight.seed, weight.mma
-    )
+    return call_linear(x, weight.qdata, weight.act_pre_scale, bias, weight.lattice, weight.tile, weight.code, weight.seed, weight.mma)
 
 
 implements = HyperQuantTensor.implements

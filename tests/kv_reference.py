@@ -41,6 +41,20 @@ def random_cache(layouts: list[TileLayout], head_dim, batch, heads, max_tokens, 
     return (*words, *exact)
 
 
+def paged(words: list[torch.Tensor], page_size: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Contiguous caches `[B, slots, max_tokens, words]` as pools of pages in a random order, with one of garbage, and their page table."""
+    batch, _, max_tokens, _ = words[0].shape
+    max_pages = max_tokens // page_size
+    table = torch.randperm(batch * max_pages + 1, device=words[0].device)[1:].view(batch, max_pages)
+    pools = []
+    for side in words:
+        pages = side.unflatten(2, (max_pages, page_size)).transpose(1, 2)
+        pool = torch.randint(-(2**31), 2**31, (batch * max_pages + 1, *pages.shape[2:]), device=side.device).to(torch.int32)
+        pool[table] = pages
+        pools.append(pool)
+    return pools, table.to(torch.int32)
+
+
 def attend_ref(
     query, k_words, v_words, k_exact, v_exact, length, start, mask, scale, sinks, window, sliding_window, k_layout, v_layout
 ) -> torch.Tensor:
@@ -63,7 +77,10 @@ def attend_ref(
     seen = seen.expand(batch, 1, queries, stored)
     if start is not None:
         seen = seen & (positions >= start[:, None, None, None])
-    if mask is not None:
+    scores = query.double() @ sides[0].mT * scale
+    if mask is not None and mask.dtype == torch.bool:
         seen = seen & mask[..., :stored]
-    scores = (query.double() @ sides[0].mT * scale).masked_fill(~seen, float("-inf"))
+    elif mask is not None:
+        scores = scores + mask[..., :stored].double()
+    scores = scores.masked_fill(~seen, float("-inf"))
     return torch.nan_to_num(scores.softmax(-1)) @ sides[1]

@@ -10,7 +10,7 @@ from hq_inductor.format.lattice import is_lattice_point  # noqa: E402
 from hq_inductor.format.layout import TileLayout  # noqa: E402
 from hq_inductor.format.rice import decode_tiles, encode_tiles  # noqa: E402
 
-from .kv_reference import attend_ref, decode_slots, encode_slots, random_cache  # noqa: E402
+from .kv_reference import attend_ref, decode_slots, encode_slots, paged, random_cache  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +81,24 @@ def test_attention_shapes(head_dim, seen):
             check(attend(*arguments), attend_ref(*arguments))
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.bfloat16, torch.float16])
+def test_attention_masks_of_heads(head_dim, dtype):
+    """Seen by some heads, or added to the scores; all rows of the batch share the first kind."""
+    from hq_inductor.ops.fused_kv import attend
+
+    layout, max_tokens, length = layout_of(4.0, head_dim), 640, 601
+    cache = random_cache([layout, layout], head_dim, 2, 2, max_tokens, length, 4, 32, torch.bfloat16, "cuda")
+    for group, queries in ((4, 1), (3, 3)):
+        heads = cache[2].shape[1] * group
+        query = torch.randn(2, heads, queries, head_dim, device="cuda", dtype=torch.bfloat16)
+        mask = torch.randn(1 if dtype == torch.bool else 2, heads, queries, max_tokens + 8, device="cuda") * 2
+        mask = mask < 1 if dtype == torch.bool else mask.masked_fill(mask > 3, float("-inf")).to(dtype)
+        lengths = torch.tensor([length], device="cuda")
+        arguments = (query, *cache, lengths, None, mask, head_dim**-0.5, 4, 32, 0, layout, layout)
+        check(attend(*arguments), attend_ref(*arguments))
+
+
 @pytest.mark.parametrize(("batch", "heads", "max_tokens"), [(1, 8, 16384), (3, 8, 4096), (32, 8, 1024), (1, 1, 100)])
 def test_attention_splits(batch, heads, max_tokens):
     """From one program per head to all of them on one; peaked scores, of which a part sees the largest or does not."""
@@ -127,6 +145,85 @@ def test_attention_in_a_graph_while_the_length_grows():
         check(found, attend_ref(*arguments))
 
 
+def ragged(lengths, layouts, head_dim, heads, max_tokens, sinks, window):
+    """A cache of rows of different length."""
+    rows = [random_cache(layouts, head_dim, 1, heads, max_tokens, n, sinks, window, torch.bfloat16, "cuda") for n in lengths]
+    return [torch.cat(parts) for parts in zip(*rows, strict=True)]
+
+
+@pytest.mark.parametrize(("bps", "head_dim"), [((4.0, 4.0), 128), ((3.5, 2.0), 128), ((3.0, 3.0), 64), ((4.0, 4.0), 256)])
+@pytest.mark.parametrize("page_size", [16, 64, 256])
+@pytest.mark.parametrize("masked", [False, True])
+def test_paged_attention(bps, head_dim, page_size, masked):
+    """Bit by bit that of the contiguous cache, which is each row's on its own; what has no page is as good as masked."""
+    from hq_inductor.ops.fused_kv import attend
+
+    layouts, max_tokens, lengths, sinks, window = [layout_of(b, head_dim) for b in bps], 768, [768, 70, 1, 333], 4, 32
+    cache = ragged(lengths, layouts, head_dim, 2, max_tokens, sinks, window)
+    pools, table = paged(cache[:2], page_size)
+    for group, queries in ((4, 1), (2, 3)):
+        query = torch.randn(4, cache[2].shape[1] * group, queries, head_dim, device="cuda", dtype=torch.bfloat16)
+        mask = torch.rand(4, 1, queries, max_tokens, device="cuda") < 0.9 if masked else None
+        length, tail = torch.tensor(lengths, device="cuda"), (head_dim**-0.5, sinks, window, 0, *layouts)
+        found = attend(query, *pools, *cache[2:], length, None, mask, *tail, page_table=table)
+        assert torch.equal(found, attend(query, *cache, length, None, mask, *tail))
+        seen = torch.ones(4, 1, queries, max_tokens, device="cuda", dtype=torch.bool) if mask is None else mask.clone()
+        absent = table.clone()
+        for b, entry in enumerate((-1, pools[0].shape[0], 2**31 - 1, -(2**31))):
+            absent[b, 1:2] = entry
+            seen[b, ..., max(page_size, sinks) : max(0, min(2 * page_size, lengths[b] - window))] = False
+        # rows that lost nothing of theirs keep it to the bit
+        without = attend(query, *pools, *cache[2:], length, None, mask, *tail, page_table=absent)
+        for b, n in enumerate(lengths):
+            row = [x[b : b + 1] for x in (query, *cache)]
+            for out, own in ((found, mask), (without, seen)):
+                check(out[b : b + 1], attend_ref(*row, length[b : b + 1], None, None if own is None else own[b : b + 1], *tail))
+            assert n > page_size + window or torch.equal(found[b], without[b])
+
+
+@pytest.mark.parametrize("page_size", [16, 48])
+def test_paged_store(page_size):
+    """In pages the slots of a contiguous cache; nothing anywhere else, and nothing without a page."""
+    from hq_inductor.ops.fused_kv import store
+
+    layout, max_tokens = layout_of(3.0), 4 * page_size
+    words = torch.full((3, 2, max_tokens, layout.words), 77, dtype=torch.int32, device="cuda")
+    (pool,), table = paged([words], page_size)
+    buffer = torch.full((pool.shape[0] + 2, *pool.shape[1:]), 77, dtype=torch.int32, device="cuda")
+    x = torch.randn(3, 2, 40, 128, device="cuda", dtype=torch.bfloat16)
+    position = torch.stack([torch.randperm(max_tokens + 4, device="cuda")[:40] - 2 for _ in range(3)])
+    for b in range(3):
+        store(words[b : b + 1], x[b : b + 1], position[b], layout)
+    for entries in (table, torch.full_like(table, -1), torch.full_like(table, 2**31 - 1), torch.full_like(table, pool.shape[0])):
+        store(buffer[1:-1], x, position, layout, page_table=entries)
+        assert torch.equal(buffer[1:-1][table.long()].transpose(1, 2).reshape(words.shape), words)
+        assert (buffer != 77).any(-1).sum() == (words != 77).any(-1).sum()
+    apart = torch.full_like(words, 77)
+    store(apart, x, position, layout)
+    assert torch.equal(apart, words)
+
+
+@pytest.mark.parametrize("head_dim", [96, 128])
+def test_paged_ops_are_those_on_a_cpu(head_dim):
+    """With the kernel, and where it does not fit; what has no page is not seen."""
+    layout = kv_layout(head_dim, 4.0)
+    tile = layout.tile
+    cache = ragged([250, 90], [tile, tile], head_dim, 2, 256, 2, 16)
+    pools, table = paged(cache[:2], 32)
+    table[0, 3], table[1, 1] = -1, 1 << 30
+    query = torch.randn(2, cache[2].shape[1] * 2, 1, head_dim, device="cuda", dtype=torch.bfloat16)
+    length = torch.tensor([250, 90], device="cuda")
+
+    def run(device):
+        given = [t.to(device) for t in (query, *pools, *cache[2:], length)]
+        key = (tile.lattice, tile.tile, tile.code, tile.code)
+        op = torch.ops.hyperquant.kv_attention
+        return op(*given, None, None, head_dim**-0.5, 2, 16, 0, *key, page_table=table.to(device)).float().cpu()
+
+    found, expected = run("cuda"), run("cpu")
+    assert (found - expected).abs().max() < 0.02 * expected.abs().max()
+
+
 def snr_db(x: torch.Tensor, decoded: torch.Tensor) -> float:
     return (-10 * torch.log10((x - decoded).square().mean() / x.square().mean())).item()
 
@@ -162,7 +259,7 @@ def test_store_is_as_good_as_the_reference(bps, tile, head_dim, effort):
     ],
 )
 def test_store_in_place(head_dim, tile, kv_heads, dtype):
-    """Joined heads, strides, positions out of range, vectors of zeros, outliers, NaN."""
+    """Joined heads, strides, positions out of range, vectors of zeros, outliers, NaN; and another x in the same launch."""
     from hq_inductor.ops.fused_kv import store
 
     layout, join = layout_of(3.0, head_dim), tile // head_dim
@@ -173,7 +270,10 @@ def test_store_in_place(head_dim, tile, kv_heads, dtype):
     x[0, 0, 3, :3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
     position = torch.tensor([39, 0, 7, 8, -1, 40], device="cuda")
     words = torch.full((2, heads, max_tokens, layout.words), 77, dtype=torch.int32, device="cuda")
-    store(words, x, position, layout, 1)
+    other, beside, alone = torch.randn_like(x), words.clone(), words.clone()
+    store(words, x, position, layout, 1, other=(beside, other))
+    store(alone, other, position, layout, 1)
+    assert torch.equal(beside, alone) and not torch.equal(beside, words)
     padded = torch.zeros(2, heads * join, 6, head_dim, device="cuda")
     padded[:, :kv_heads] = x.float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     slots = padded.unflatten(1, (heads, join)).transpose(2, 3).flatten(-2)[:, :, :4]
@@ -191,18 +291,17 @@ def test_store_in_place(head_dim, tile, kv_heads, dtype):
 
 def test_store_and_attention_in_a_graph():
     """A step of decoding: store at a position and attend up to it, replayed while both move; the same as eager."""
-    from hq_inductor.ops.fused_kv import attend, store
+    from hq_inductor.ops.fused_kv import attend
 
     torch.use_deterministic_algorithms(False)
     layout = layout_of(4.0)
     words = [torch.zeros(1, 2, 64, layout.words, dtype=torch.int32, device="cuda") for _ in range(2)]
     exact = [torch.empty(1, 2, 0, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
-    x, query = (torch.randn(1, n, 1, 128, device="cuda", dtype=torch.bfloat16) for n in (2, 8))
+    x, y, query = (torch.randn(1, n, 1, 128, device="cuda", dtype=torch.bfloat16) for n in (2, 2, 8))
     position = torch.zeros(1, dtype=torch.int64, device="cuda")
 
     def step():
-        for side in words:
-            store(side, x, position, layout, 1)
+        torch.ops.hyperquant.kv_store_pair(*words, x, y, position, "e8", 128, layout.code, layout.code, 1)
         return attend(query, *words, *exact, position + 1, None, None, 0.1, 0, 0, 0, layout, layout)
 
     step()
@@ -212,7 +311,9 @@ def test_store_and_attention_in_a_graph():
         found = step()
     for n in range(60):
         x.normal_()
+        y.normal_()
         position.fill_(n)
         graph.replay()
     check(found, attend_ref(query, *words, *exact, torch.tensor([60]), None, None, 0.1, 0, 0, 0, layout, layout))
-    assert words[0][:, :, :60].ne(0).any(-1).all() and words[0][:, :, 60:].eq(0).all()
+    for side in words:
+        assert side[:, :, :60].ne(0).any(-1).all() and side[:, :, 60:].eq(0).all()

@@ -1,6 +1,6 @@
 """The KV cache of one attention layer.
 
-Definition.  `QuantizedKV` holds slots, exact tokens and their number, and calls `kv_encode` and `kv_attention`
+Definition.  `QuantizedKV` holds slots, exact tokens and their number, and calls `kv_encode_pair` and `kv_attention`
              (`hq_inductor.cache.functional`).
 Invariants.  All tensors are allocated once and changed in place; the number of tokens is a tensor on the device. So a step has static
              shapes, needs no host sync, and compiles into one graph or a CUDA graph. What does not fit is refused before anything is
@@ -22,7 +22,7 @@ from ..format.rotation import role_seed, rotation_matrix
 from ..ops.attention import merge_exact
 from ..ops.kv import write_rows
 from .config import KVConfig
-from .functional import kv_attention, kv_encode, rotate
+from .functional import kv_attention, kv_encode_pair, rotate
 
 # kernels read slots of this many tokens at a time
 TOKEN_BLOCK = 16
@@ -77,15 +77,16 @@ class QuantizedKV:
         self.max_tokens = -(-max_tokens // TOKEN_BLOCK) * TOKEN_BLOCK
         self.kv_heads, self.head_dim = kv_heads, head_dim
         # ordinary tensors, also where a first call under inference mode allocates them
+        blocks, tokens, lengths = self._blocks(batch)
         with torch.inference_mode(False):
             self.k_words, self.v_words = (
-                torch.zeros(batch, layout.slots(kv_heads), self.max_tokens, layout.tile.words, dtype=torch.int32, device=device)
+                torch.zeros(blocks, layout.slots(kv_heads), tokens, layout.tile.words, dtype=torch.int32, device=device)
                 for layout in (self.k_layout, self.v_layout)
             )
             shape = (batch, kv_heads, config.sinks + config.window, head_dim)
             self.k_exact, self.v_exact = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
             self.k_offset = torch.zeros(batch, kv_heads, 1, head_dim, dtype=torch.float32, device=device)
-            self.length = torch.zeros(1, dtype=torch.int64, device=device)
+            self.length = torch.zeros(lengths, dtype=torch.int64, device=device)
         self.start: torch.Tensor | None = None
         self._centered = not config.center
         # a lower bound of the length: steps that are compiled do not count
@@ -98,6 +99,15 @@ class QuantizedKV:
         )
         self.k_rotation, self.v_rotation = rotations
         self.k_seed, self.v_seed = (role_seed(config.seed, layer, role) for role in ("k", "v"))
+
+    def _blocks(self, batch: int) -> tuple[int, int, int]:
+        """Blocks of slots, tokens in each, and lengths."""
+        return batch, self.max_tokens, 1
+
+    @property
+    def page_table(self) -> torch.Tensor | None:
+        """int32 `[B, max_pages]` if slots lie in pages, else None."""
+        return None
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What is stored, by name. None of them is ever replaced but by `select_batch`."""
@@ -114,7 +124,7 @@ class QuantizedKV:
         return (self.k_layout.bits_per_value(self.kv_heads) + self.v_layout.bits_per_value(self.kv_heads)) / 2
 
     def _check(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        batch = self.k_words.shape[0]
+        batch = self.k_exact.shape[0]
         for name, x in (("k", k), ("v", v)):
             if x.dim() != 4 or (x.shape[0], x.shape[1], x.shape[3]) != (batch, self.kv_heads, self.head_dim) or x.shape != k.shape:
                 wanted = f"[{batch}, {self.kv_heads}, S, {self.head_dim}]"
@@ -123,7 +133,8 @@ class QuantizedKV:
                 raise TypeError(f"{name} must be floating point, got {x.dtype}")
             if x.device != self.length.device:
                 raise ValueError(f"{name} must be on {self.length.device}, where the cache is, got {x.device}")
-        tokens = k.shape[2]
+
+    def _check_room(self, tokens: int) -> None:
         stored = 0 if torch.compiler.is_compiling() else int(self.length) if not self.length.is_cuda else self._counted
         if stored + tokens > self.max_tokens:
             raise ValueError(f"the cache is full: max_tokens must be at least {stored + tokens}, got {self.max_tokens}")
@@ -138,36 +149,44 @@ class QuantizedKV:
             ValueError, TypeError: they do not fit the cache, or the cache is full; then nothing is written.
         """
         self._check(k, v)
-        tokens, config = k.shape[2], self.config
+        tokens = k.shape[2]
+        self._check_room(tokens)
         if tokens == 0:
             return
         if not self._centered:
             self._centered = True
             if tokens >= MIN_CENTER_TOKENS:
                 self.k_offset.copy_(k.detach().mean(2, keepdim=True, dtype=torch.float32))
-        position = self.length + torch.arange(tokens, device=self.length.device)
-        for words, exact, x, layout, rotation, offset, gain, seed in (
-            (self.k_words, self.k_exact, k, self.k_layout, self.k_rotation, self.k_offset, self.k_gain, self.k_seed),
-            (self.v_words, self.v_exact, v, self.v_layout, self.v_rotation, None, 1.0, self.v_seed),
-        ):
-            kv_encode(
-                words,
-                exact,
-                x,
-                position,
-                layout,
-                rotation,
-                sinks=config.sinks,
-                window=config.window,
-                offset=offset if config.center else None,
-                gain=gain,
-                effort=config.effort,
-                dither=config.dither,
-                seed=seed,
-            )
+        self._write(k, v, self.length + torch.arange(tokens, device=self.length.device))
         self.length.add_(tokens)
         if not torch.compiler.is_compiling():
             self._counted += tokens
+
+    def _write(self, k: torch.Tensor, v: torch.Tensor, position: torch.Tensor) -> None:
+        """`kv_encode_pair`, at positions `[S]` or `[B, S]`."""
+        config = self.config
+        kv_encode_pair(
+            self.k_words,
+            self.v_words,
+            self.k_exact,
+            self.v_exact,
+            k,
+            v,
+            position,
+            self.k_layout,
+            self.v_layout,
+            self.k_rotation,
+            self.v_rotation,
+            sinks=config.sinks,
+            window=config.window,
+            k_offset=self.k_offset if config.center else None,
+            k_gain=self.k_gain,
+            effort=config.effort,
+            dither=config.dither,
+            k_seed=self.k_seed,
+            v_seed=self.v_seed,
+            page_table=self.page_table,
+        )
 
     def attend(self, query: torch.Tensor, mask: torch.Tensor | None = None, scale: float | None = None) -> torch.Tensor:
         """Attention of the S newest tokens, `[B, Hq, S, head_dim]`; arguments as of `kv_attention`."""
@@ -191,17 +210,23 @@ class QuantizedKV:
             dither=self.config.dither,
             k_seed=self.k_seed,
             v_seed=self.v_seed,
+            page_table=self.page_table,
         )
 
-    def _load(self, words: torch.Tensor, layout: KVLayout, seed: int) -> torch.Tensor:
-        tile, dtype = layout.tile, self.k_exact.dtype
-        return torch.ops.hyperquant.kv_load(words, self.head_dim, tile.lattice, tile.tile, tile.code, dtype, self.config.dither, seed)
+    def _load(self, words: torch.Tensor, layout: KVLayout, seed: int, page_table: torch.Tensor | None = None) -> torch.Tensor:
+        key, dtype = (layout.tile.lattice, layout.tile.tile, layout.tile.code), self.k_exact.dtype
+        return torch.ops.hyperquant.kv_load(words, self.head_dim, *key, dtype, self.config.dither, seed, page_table)
+
+    def _sides(self) -> tuple[tuple[torch.Tensor, torch.Tensor, KVLayout, int], ...]:
+        """Words, exact tokens, layout and seed of keys and of values."""
+        return (self.k_words, self.k_exact, self.k_layout, self.k_seed), (self.v_words, self.v_exact, self.v_layout, self.v_seed)
 
     @torch.no_grad()
     def _dequantize(
         self, words: torch.Tensor, exact: torch.Tensor, layout: KVLayout, rotation: torch.Tensor | None, seed: int
     ) -> torch.Tensor:
-        states = merge_exact(self._load(words, layout, seed), exact, self.length, self.config.sinks, self.config.window)
+        states = self._load(words, layout, seed, self.page_table)
+        states = merge_exact(states, exact, self.length, self.config.sinks, self.config.window)
         return rotate(states, None if rotation is None else rotation.t())
 
     def keys(self) -> torch.Tensor:
@@ -235,10 +260,7 @@ class QuantizedKV:
         # the window's oldest, whose places the forgotten tokens took; sinks were never overwritten
         position = self.length - window + torch.arange(returning, device=self.length.device)
         index = torch.where(position >= sinks, exact_index(position, sinks, window), -1)
-        for words, exact, layout, seed in (
-            (self.k_words, self.k_exact, self.k_layout, self.k_seed),
-            (self.v_words, self.v_exact, self.v_layout, self.v_seed),
-        ):
+        for words, exact, layout, seed in self._sides():
             # dither is keyed by position: decoding all of them is the plain way to it
             kept = position.clamp(0, self.max_tokens - 1)
             if self.config.dither is None:

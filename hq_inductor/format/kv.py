@@ -5,6 +5,9 @@ Definition.  A slot is one tile (`hq_inductor.format.layout`) of the rotated K o
              64, 4 for 96, 8 for 80. Heads are padded with zeros to a multiple of `join`, and the padding counts.
 Storage.     words: int32 `[B, ceil(kv_heads / join), max_tokens, W]`, `W = floor(bps * tile / 32)`: 4 bits per value are exactly a
              quarter of bf16. At tile 128 every 1/4 bit is one word, so eighths round down to it: a rate is never exceeded.
+Pages.       Or a pool of them, int32 `[num_pages, ceil(kv_heads / join), page_size, W]`, and a table of pages, int32 `[B, max_pages]`:
+             position p of row b lies at p % page_size of page `table[b, p // page_size]`, one block per head of slots. Entries that are
+             no page (-1 is the usual one) have no slots: nothing is stored, and attention sees none of their tokens but exact ones.
 Exact.       The first `sinks` tokens and the newest `window` are also kept as they are, `[B, kv_heads, sinks + window, head_dim]`: position
              p lies at p if `p < sinks`, else at `sinks + (p - sinks) % window`. All tokens are coded when they are written, so a token
              that leaves the window needs no work.

@@ -9,6 +9,7 @@
 | `rice_linear`      | activations, words -> the whole quantized linear layer      |
 | `rice_linear_fused`| the same with its siblings, a norm or a gate before and a residual after |
 | `kv_store`         | rotated keys or values -> slots of a cache, in place        |
+| `kv_store_pair`    | keys and values at once                                     |
 | `kv_load`          | slots -> rotated keys or values                             |
 | `kv_attention`     | rotated queries, a cache -> attention                       |
 

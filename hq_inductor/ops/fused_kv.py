@@ -20,12 +20,16 @@ from .kernels.kv_encode import encode_kernel
 from .kernels.slots import buffer_bytes
 from .kernels.softmax import combine_kernel
 from .launch import MMA_COLUMNS, dependent_launch, multiprocessors
+from .paging import cache_shape
 
 # bytes of shared memory for slots: what the tables leave of a kernel's static share
 _BUFFERS_BYTES = 16384
 # queries beyond this many blocks of columns are better served by decoding once
 MAX_COLUMN_BLOCKS = 4
 _BLOCKS_PER_PROCESSOR = 2
+_MASKS = (torch.bool, torch.float16, torch.bfloat16, torch.float32)
+# tokens that a warp takes at a time; they lie in one page
+STEP_TOKENS = 16
 # microseconds that a program takes per token and once (measured, H200, 4 bps, 2026-11-24), and a combining kernel adds; they only weigh
 # programs that would wait for a second wave against programs that stay idle
 _PER_TOKEN, _PER_PROGRAM, _COMBINE = 0.023, 3.0, 2.0
@@ -69,11 +73,17 @@ def attention_launch(units: int, max_tokens: int, processors: int, k_layout: Til
 
 
 def unsupported(
-    query: torch.Tensor, k_words: torch.Tensor, k_exact: torch.Tensor, mask: torch.Tensor | None, k_layout: TileLayout, v_layout: TileLayout
+    query: torch.Tensor,
+    k_words: torch.Tensor,
+    k_exact: torch.Tensor,
+    mask: torch.Tensor | None,
+    k_layout: TileLayout,
+    v_layout: TileLayout,
+    page_table: torch.Tensor | None = None,
 ) -> str | None:
     """Why `attend` cannot take these arguments, or None if it can."""
-    head_dim, queries = query.shape[-1], query.shape[2]
-    max_tokens, kv_heads = k_words.shape[2], k_exact.shape[1]
+    head_dim, queries, kv_heads, page_size = query.shape[-1], query.shape[2], k_exact.shape[1], k_words.shape[2]
+    max_tokens = cache_shape(k_words, page_table)[1]
     if k_layout.lattice != "e8" or v_layout.lattice != "e8":
         return f"lattice must be e8, got {k_layout.lattice} and {v_layout.lattice}"
     if k_layout.tile not in (128, 256) or k_layout.tile != v_layout.tile:
@@ -84,14 +94,18 @@ def unsupported(
         return f"slots are too long for shared memory, got {k_layout.words} and {v_layout.words} words"
     if max_tokens * k_layout.words % 4 or max_tokens * v_layout.words % 4 or max_tokens * max(k_layout.words, v_layout.words) >= 2**31:
         return f"max_tokens must be a multiple of 4 and a head of fewer than 2^31 words, got {max_tokens} tokens"
+    if page_table is not None and (page_size < STEP_TOKENS or page_size & (page_size - 1)):
+        return f"page_size must be a power of two of at least {STEP_TOKENS}, got {page_size}"
     if k_exact.dtype not in (torch.float16, torch.bfloat16) or query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"exact tokens must be fp16 or bf16 and queries that or fp32, got {k_exact.dtype} and {query.dtype}"
     if k_words.data_ptr() % 16 or k_exact.data_ptr() % 16:
         return "tensors must start at multiples of 16 bytes"
     if -(-queries * (k_layout.tile // head_dim) * (query.shape[1] // kv_heads) // MMA_COLUMNS) > MAX_COLUMN_BLOCKS:
         return f"{queries} queries per head are too many"
-    if mask is not None and (mask.dtype != torch.bool or mask.shape[1] != 1 or mask.stride(-1) != 1 or mask.shape[-1] < max_tokens):
-        return "mask must be bool, the same for all heads, contiguous in the last dimension, and as long as the cache"
+    if mask is not None:
+        last = sum((size - 1) * stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
+        if mask.dtype not in _MASKS or mask.stride(-1) != 1 or mask.shape[-1] < max_tokens or last >= 2**31:
+            return f"mask must be bool or up to 32 bits wide, contiguous in the last dimension, and as long as the cache, got {mask.dtype}"
     return None
 
 
@@ -120,6 +134,7 @@ def attend(
     k_layout: TileLayout,
     v_layout: TileLayout,
     launch: AttentionLaunch | None = None,
+    page_table: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of the newest tokens over a cache, decoded on the way into the tensor cores.
 
@@ -128,12 +143,15 @@ def attend(
         k_words, v_words: `[B, kv_heads / join, max_tokens, words]` int32, contiguous; join = tile / D, rounded up heads.
         k_exact, v_exact: `[B, kv_heads, sinks + window, D]` fp16 or bf16, contiguous: position p < sinks at p, else at
             `sinks + (p - sinks) % window`.
-        length: `[1]` int64, tokens stored; query s stands at position `length - S + s`.
+        length: `[1]` or `[B]` int64, tokens stored; query s stands at position `length - S + s`.
         start: `[B]` int64, first position seen, or None.
-        mask: bool `[B or 1, 1, S, >= max_tokens]`, true where seen, last dimension contiguous, or None.
+        mask: `[B or 1, 1 or Hq, S, >= max_tokens]`, last dimension contiguous, or None; bool, true where seen, or fp16, bf16 or fp32 and
+            added to the scores, where -1e30 or less hides.
         scale: of scores.
         sliding_window: positions that a query sees, its own included; 0: all.
         k_layout, v_layout: of the slots; see `unsupported`.
+        page_table: int32 `[B, max_pages]`; then words are pools `[num_pages, kv_heads / join, page_size, words]`, and max_tokens is
+            `max_pages * page_size`. Slots of pages outside of `[0, num_pages)` are not seen.
 
     Returns:
         `[B, Hq, S, D]` in the basis of the values, dtype of `query`; zeros where nothing is seen.
@@ -144,14 +162,17 @@ def attend(
     Note: no host sync, and a launch that does not depend on `length`.
     """
     v_exact = v_exact.to(k_exact.dtype)
-    reason = unsupported(query, k_words, k_exact, mask, k_layout, v_layout) or unsupported(
-        query, v_words, v_exact, mask, k_layout, v_layout
+    reason = unsupported(query, k_words, k_exact, mask, k_layout, v_layout, page_table) or unsupported(
+        query, v_words, v_exact, mask, k_layout, v_layout, page_table
     )
     if reason is not None:
         raise ValueError(reason)
     batch, query_heads, queries, head_dim = query.shape
-    _, heads, max_tokens, _ = k_words.shape
+    heads, max_tokens = k_words.shape[1], cache_shape(k_words, page_table)[1]
     kv_heads, join = k_exact.shape[1], k_layout.tile // head_dim
+    paged = page_table is not None
+    # log2 of the steps in a page
+    page_shift = (k_words.shape[2] // STEP_TOKENS).bit_length() - 1 if paged else 0
     group = query_heads // kv_heads
     # rows are read 16 bytes at a time
     if query.stride(-1) != 1 or query.data_ptr() % 16 or any(s * query.element_size() % 16 for s in query.stride()[:3]):
@@ -172,7 +193,10 @@ def attend(
     scratch = k_words if query.is_cuda else torch.empty(12288, dtype=torch.int32)
     pdl = dependent_launch(device)
     options = {"launch_pdl": True} if pdl else {}
-    mask_strides = (mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(2)) if mask is not None else (0, 0)
+    mask_strides = (0, 0, 0)
+    if mask is not None:
+        mask_strides = (*(mask.stride(i) if mask.shape[i] > 1 else 0 for i in (0, 1)), mask.stride(2))
+        mask = mask.view(torch.int8) if mask.dtype == torch.bool else mask
     attention_kernel[(units, splits, column_blocks)](
         query,
         k_words,
@@ -180,13 +204,14 @@ def attend(
         _two_tables(k_layout, v_layout, device) if two_codes else k_layout.kernel_tables(device),
         k_exact,
         v_exact,
-        length,
-        length if start is None else start,
-        length if mask is None else mask.view(torch.int8),
+        length.contiguous(),
+        length if start is None else start.contiguous(),
+        length if mask is None else mask,
         out,
         partial,
         state,
         scratch,
+        page_table.contiguous() if paged else length,
         scale * math.log2(math.e),
         queries,
         group,
@@ -198,6 +223,9 @@ def attend(
         sliding_window,
         *query.stride()[:3],
         *mask_strides,
+        k_words.shape[0],
+        page_table.shape[1] if paged else 0,
+        page_shift,
         TILE=tile,
         K_RICE=k_layout.rice_parameter,
         K_SHIFT=k_layout.kernel_shift,
@@ -215,6 +243,8 @@ def attend(
         JOIN=join,
         HAS_START=start is not None,
         HAS_MASK=mask is not None,
+        OWN_LENGTHS=length.shape[0] > 1,
+        PAGED=paged,
         SPLIT=split,
         NUM_WARPS=launch.num_warps,
         PDL=pdl,
@@ -275,19 +305,29 @@ _MANY_SLOTS = 2048
 
 
 def store(
-    words: torch.Tensor, x: torch.Tensor, position: torch.Tensor, layout: TileLayout, effort: int = 1, launch: EncodeLaunch | None = None
+    words: torch.Tensor,
+    x: torch.Tensor,
+    position: torch.Tensor,
+    layout: TileLayout,
+    effort: int = 1,
+    launch: EncodeLaunch | None = None,
+    page_table: torch.Tensor | None = None,
+    other: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """Encode tokens into their slots, in place.
 
     Args:
         words: `[B, kv_heads / join, max_tokens, words]` int32, contiguous; join = tile / D, rounded down; heads rounded up.
         x: `[B, kv_heads, S, D]`, rotated, fp16, bf16 or fp32; NaN and infinities count as zeros.
-        position: `[S]` int64, slots of the tokens; others than `[0, max_tokens)` are not written.
+        position: `[S]` or `[B, S]` int64, contiguous, slots of the tokens; others than `[0, max_tokens)` are not written.
         layout: of the slots, e8.
         effort: 0 rounds to the nearest point, 1 by error and bits (`hq_inductor.format.quantizer`).
+        page_table: int32 `[B, max_pages]`; then words are a pool `[num_pages, kv_heads / join, page_size, words]`. Slots of pages outside
+            of `[0, num_pages)` are not written.
+        other: words and x of the same shapes, dtypes and layout, which are encoded in the same launch; or None.
 
     Raises:
-        ValueError: another lattice or effort, or a head_dim that is no multiple of 8 or no slot's.
+        ValueError: another lattice or effort, a head_dim that is no multiple of 8 or no slot's, or `other` is of another kind.
 
     Note: no host sync.
     """
@@ -295,29 +335,43 @@ def store(
     if layout.lattice != "e8" or effort > 1:
         raise ValueError(f"lattice must be e8 and effort 0 or 1, got {layout.lattice!r} and {effort}")
     batch, all_heads, tokens, head_dim = x.shape
-    _, heads, max_tokens, word_count = words.shape
+    heads, word_count = words.shape[1], words.shape[3]
+    rows, max_tokens = cache_shape(words, page_table)
     join = layout.tile // head_dim
-    if head_dim % 8 or join == 0 or heads != -(-all_heads // join) or words.shape[0] != batch or word_count != layout.words:
+    if head_dim % 8 or join == 0 or heads != -(-all_heads // join) or rows != batch or word_count != layout.words:
         raise ValueError(f"slots {tuple(words.shape)} of {layout.tile} coefficients cannot hold tokens {tuple(x.shape)}")
-    if x.stride(-1) != 1:
-        x = x.contiguous()
+    words2, x2 = (words, x) if other is None else other
+    if (words2.shape, x2.shape, x2.dtype) != (words.shape, x.shape, x.dtype):
+        raise ValueError(
+            f"other must be like words {tuple(words.shape)} and x {tuple(x.shape)}, {x.dtype}, got {tuple(x2.shape)}, {x2.dtype}"
+        )
+    x, x2 = (states if states.stride(-1) == 1 else states.contiguous() for states in (x, x2))
     if x.numel() == 0:
         return
+    sides = 1 if other is None else 2
     if launch is None:
-        launch = (FEW if batch * heads * tokens < _MANY_SLOTS else MANY)[effort]
+        launch = (FEW if sides * batch * heads * tokens < _MANY_SLOTS else MANY)[effort]
     device = x.device
     pdl = dependent_launch(device)
-    encode_kernel[(batch * heads, tokens)](
+    encode_kernel[(batch * heads, tokens, sides)](
         x,
         position,
         words,
+        x2,
+        words2,
         layout.lengths(device),
         layout.codewords(device),
         _symbol_bits(layout, device),
+        position if page_table is None else page_table.contiguous(),
         heads,
         all_heads,
         max_tokens,
         *x.stride()[:3],
+        *x2.stride()[:3],
+        tokens if position.dim() == 2 else 0,
+        words.shape[0],
+        0 if page_table is None else page_table.shape[1],
+        words.shape[2],
         PRICE * GRANULAR_ERROR["e8"] if effort else 0.0,
         start_rms(layout.code / 8, "e8"),
         MAX_OVERLOAD * GRANULAR_ERROR["e8"] * layout.tile,
@@ -334,6 +388,8 @@ def store(
         EFFORT=effort,
         CANDIDATES=launch.candidates,
         FINER=launch.finer,
+        PAIR=sides == 2,
+        PAGED=page_table is not None,
         PDL=pdl,
         num_warps=launch.num_warps,
         **({"launch_pdl": True} if pdl else {}),

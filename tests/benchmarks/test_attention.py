@@ -20,3 +20,6 @@ def test_table():
     assert [row["ours is"] for row in rows] == ["2.00x", "0.50x"]
     assert rows[0]["by"] == "flash rows" and rows[0]["fp8 bound, us"] == "4.0"
     assert rows[1]["cache, MB"] == "2.0" and rows[1]["GB/s"] == "125"
+    results[0]["time_us"] |= {"ours 2 paged": 5.0, "ours 4 paged": 17.0}
+    last = [line.strip("|").split("|")[-1].strip() for line in attention.table(results).splitlines()]
+    assert last == ["paged, us", "---", "5.0", "17.0"] and "| flash rows | 2.00x |" in attention.table(results)

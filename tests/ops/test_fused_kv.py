@@ -24,12 +24,13 @@ def test_launch_fills_the_device(units, max_tokens):
         assert waves * 264 <= 1.3 * units * launch.splits
 
 
-def arguments(head_dim=128, bps=4.0, queries=1, group=4, max_tokens=64, exact=torch.bfloat16, dtype=torch.bfloat16):
+def arguments(head_dim=128, bps=4.0, queries=1, group=4, max_tokens=64, exact=torch.bfloat16, dtype=torch.bfloat16, pages=0):
     layout = kv_layout(head_dim, bps).tile
     join = layout.tile // head_dim
     query = torch.zeros(1, 2 * join * group, queries, head_dim, dtype=dtype)
     words = torch.zeros(1, 2, max_tokens, layout.words, dtype=torch.int32)
-    return query, words, torch.zeros(1, 2 * join, 8, head_dim, dtype=exact), None, layout, layout
+    page_table = torch.zeros(1, pages, dtype=torch.int32) if pages else None
+    return query, words, torch.zeros(1, 2 * join, 8, head_dim, dtype=exact), None, layout, layout, page_table
 
 
 @pytest.mark.parametrize(
@@ -44,6 +45,9 @@ def arguments(head_dim=128, bps=4.0, queries=1, group=4, max_tokens=64, exact=to
         ({"bps": 3.5, "max_tokens": 65}, "65 tokens"),
         ({"exact": torch.float32}, "float32"),
         ({"dtype": torch.float64}, "float64"),
+        ({"pages": 3, "max_tokens": 16}, None),
+        ({"pages": 3, "max_tokens": 8}, "page_size must be a power of two of at least 16, got 8"),
+        ({"pages": 3, "max_tokens": 48}, "page_size must be a power of two of at least 16, got 48"),
     ],
 )
 def test_what_the_kernel_refuses(changes, reason):
@@ -57,4 +61,7 @@ def test_store_refuses():
     for bad_words, bad_x, effort in ((words, x, 2), (words[..., 1:], x, 1), (words, x[:, :1], 1), (words, x[..., :100], 1)):
         with pytest.raises(ValueError, match=r"effort|cannot hold"):
             store(bad_words, bad_x, position, layout, effort)
+    for other in ((words, x.half()), (words, x[:, :1]), (words[:, :, 1:], x)):
+        with pytest.raises(ValueError, match="other must be like words"):
+            store(words, x, position, layout, other=other)
     assert (words == 0).all()

@@ -1,8 +1,9 @@
 """Attention over the KV cache for few queries: coded slots and exact tokens, straight into the tensor cores.
 
 Definition.  `out[c] = sum_t softmax_t(scale * <query[c], K_t>) V_t` over the tokens t that column c sees: causal, from `start`, in the
-             sliding window, where the mask is true. Tokens in `[sinks, length - window)` are read from slots, all others from the
-             exact buffers.
+             sliding window, where a mask of bools is true; a mask of numbers is added to the scores. Tokens in `[sinks, length - window)`
+             are read from slots, all others from the exact buffers. PAGED: slots of a page that is not there are not seen
+             (`hq_inductor.format.kv`).
              A column is one query vector; up to 8 of them share what is decoded: queries of a group, of joined heads, of a few positions.
 Arithmetic.  Queries are rounded to 15 bits, `128 hi + lo`, so a score is two int8 products with the codes, exact in int32. A weight is
              `exp2(score - m) * scale_t`, scale_t of the V slot, rounded to fp16 last of all; m follows the largest of them. V's
@@ -27,7 +28,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .bits import INTERPRETED
-from .exact_tokens import exact_step, query_8
+from .exact_tokens import apply_mask, exact_step, query_8
 from .shared import (
     declare_shared,
     load_shared,
@@ -37,7 +38,7 @@ from .shared import (
     wait_copies,
     wait_older_copies,
 )
-from .slots import open_slot, raw_address, slot_quads, slot_raw, stage_slots, stream_address
+from .slots import open_slot, page_entry, page_slots, raw_address, slot_quads, slot_raw, stage_slots, stream_address
 from .softmax import NEVER, weigh
 from .tile import decode_vector_e8, restore_signs
 from .warp import (
@@ -58,6 +59,8 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 _BUFFERS = tl.constexpr(16384)
 # 1.5 * 2^23: fp32 has no bits below the unit there
 _MAGIC = tl.constexpr(12582912.0)
+# far behind the last token, and still so with 8 more
+_NO_TOKEN = tl.constexpr(1 << 30)
 
 
 @triton.jit
@@ -88,23 +91,28 @@ def _coded_before(part, total, active, exact_rounds, share):
         "stride_qh",
         "stride_qs",
         "stride_mb",
+        "stride_mh",
         "stride_ms",
+        "num_pages",
+        "max_pages",
+        "page_shift",
     ]
 )
 def attention_kernel(
     query_ptr,  # [B, kv_heads * group, queries, HEAD_DIM], strided, last dimension contiguous
-    k_ptr,  # [B, heads, max_tokens, K_WORDS] int32
-    v_ptr,  # [B, heads, max_tokens, V_WORDS] int32
+    k_ptr,  # [B, heads, max_tokens, K_WORDS] int32, or if PAGED [num_pages, heads, 16 << page_shift, K_WORDS]
+    v_ptr,  # the same with V_WORDS
     table_ptr,  # [2, 4096] int32: forwards and backwards, or if TWO_CODES forwards of K and of V
     k_exact_ptr,  # [B, kv_heads, sinks + window, HEAD_DIM] fp16 or bf16
     v_exact_ptr,  # the same
-    length_ptr,  # [1] int64
+    length_ptr,  # [1] int64, or [B] if OWN_LENGTHS
     start_ptr,  # [B] int64 if HAS_START
-    mask_ptr,  # [B, queries, max_tokens] int8, strided, if HAS_MASK
+    mask_ptr,  # [B, kv_heads * group, queries, max_tokens] int8 or floating point, strided, if HAS_MASK
     out_ptr,  # [B, kv_heads * group, queries, HEAD_DIM]
     partial_ptr,  # [B * heads, column blocks, splits, 8, TILE] fp32 if SPLIT
     state_ptr,  # [B * heads, column blocks, splits, 8, 2] fp32 if SPLIT: m and l
     scratch_ptr,  # stands in for shared memory under the interpreter
+    page_ptr,  # [B, max_pages] int32 if PAGED
     scale,  # times log2(e)
     queries,
     group,
@@ -118,7 +126,11 @@ def attention_kernel(
     stride_qh,
     stride_qs,
     stride_mb,
+    stride_mh,
     stride_ms,
+    num_pages,
+    max_pages,
+    page_shift,  # log2 of the steps of 16 tokens in a page
     TILE: tl.constexpr,
     K_RICE: tl.constexpr,
     K_SHIFT: tl.constexpr,
@@ -136,6 +148,8 @@ def attention_kernel(
     JOIN: tl.constexpr,
     HAS_START: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    OWN_LENGTHS: tl.constexpr,
+    PAGED: tl.constexpr,
     SPLIT: tl.constexpr,
     NUM_WARPS: tl.constexpr,
     PDL: tl.constexpr,
@@ -167,7 +181,10 @@ def attention_kernel(
         # the tables are constants; the queries and the newest tokens come from the kernels before
         gdc_wait()
 
-    length = tl.load(length_ptr).to(tl.int32)
+    if OWN_LENGTHS:
+        length = tl.load(length_ptr + b).to(tl.int32)
+    else:
+        length = tl.load(length_ptr).to(tl.int32)
     # column r as an operand of products, on its way together with the length
     column = tl.program_id(2) * 8 + r
     sub = column // group % JOIN
@@ -187,7 +204,8 @@ def attention_kernel(
     seen_first = tl.maximum(begin, 0)
     if sliding_window > 0:
         seen_first = tl.maximum(seen_first, first_query - sliding_window + 1)
-    first_step = tl.maximum(sinks, seen_first) // 16
+    # no further than the last slot, where any `start` might lead
+    first_step = tl.minimum(tl.maximum(sinks, seen_first), max_tokens) // 16
     steps = tl.maximum((coded_end + 15) // 16 - first_step, 0)
     # a round of exact tokens takes about as long as half a round of coded ones. The first parts have them, and fewer of these; where there
     # are programs to spare, they have none
@@ -206,15 +224,24 @@ def attention_kernel(
     step_end = first_step + _coded_before(part + 1, total_steps, active, exact_rounds, share)
     rounds = (step_end - step_begin + NUM_WARPS - 1) // NUM_WARPS
 
-    k_head = k_ptr + unit.to(tl.int64) * (max_tokens * K_WORDS)
-    v_head = v_ptr + unit.to(tl.int64) * (max_tokens * V_WORDS)
-    k_pieces = max_tokens * K_WORDS // 4
-    v_pieces = max_tokens * V_WORDS // 4
     k_buffer = base + warp * (64 * (K_WORDS + V_WORDS))
     v_buffer = k_buffer + 64 * K_WORDS
     step = step_begin + warp
-    stage_slots(k_head, step, k_pieces, lane, k_buffer, K_WORDS, K_RAW)
-    stage_slots(v_head, step, v_pieces, lane, v_buffer, V_WORDS, V_RAW)
+    place = step
+    if PAGED:
+        k_pieces = (4 * K_WORDS) << page_shift
+        v_pieces = (4 * V_WORDS) << page_shift
+        page = page_entry(page_ptr + b * max_pages, step, max_pages, page_shift)
+        k_head = page_slots(k_ptr, page, num_pages, h, heads, k_pieces)
+        v_head = page_slots(v_ptr, page, num_pages, h, heads, v_pieces)
+        place = step & ((1 << page_shift) - 1)
+    else:
+        k_head = k_ptr + unit.to(tl.int64) * (max_tokens * K_WORDS)
+        v_head = v_ptr + unit.to(tl.int64) * (max_tokens * V_WORDS)
+        k_pieces = max_tokens * K_WORDS // 4
+        v_pieces = max_tokens * V_WORDS // 4
+    stage_slots(k_head, place, k_pieces, lane, k_buffer, K_WORDS, K_RAW)
+    stage_slots(v_head, place, v_pieces, lane, v_buffer, V_WORDS, V_RAW)
 
     largest = tl.zeros([32 * NUM_WARPS], tl.float32)
     for i in tl.static_range(32 * GROUPS):
@@ -255,7 +282,8 @@ def attention_kernel(
         high = high + (tl.where(real, at, -1),)
         coded_last = tl.minimum(tl.minimum(at, coded_end - 1), 16 * step_end - 1)
         counts = counts + (tl.where(real, tl.maximum(coded_last - tl.maximum(column_first, sinks) + 1, 0), 0),)
-        mask_rows = mask_rows + (b * stride_mb + tl.minimum(position, queries - 1) * stride_ms,)
+        q_head = tl.minimum((h * JOIN + own_sub) * group + own % group, kv_heads * group - 1)
+        mask_rows = mask_rows + (b * stride_mb + q_head * stride_mh + tl.minimum(position, queries - 1) * stride_ms,)
         q_scale = q_scale + (from_lane(largest, 8 * j + 4 * i, NUM_WARPS) * (scale / 16256.0),)
     first_0 = tl.maximum(low[0], sinks)
     first_1 = tl.maximum(low[1], sinks)
@@ -319,6 +347,9 @@ def attention_kernel(
 
     for _ in range(rounds):
         token = step * 16 + r
+        if PAGED:
+            # later than all
+            token = tl.where(_between(page, 0, num_pages), token, _NO_TOKEN)
         keep_u0 = _between(token, first_0, counts[0])
         keep_u1 = _between(token, first_1, counts[1])
         keep_v0 = _between(token + 8, first_0, counts[0])
@@ -332,6 +363,11 @@ def attention_kernel(
             seen_v0 = tl.load(mask_ptr + mask_rows[0] + token_v)
             seen_v1 = tl.load(mask_ptr + mask_rows[1] + token_v)
         step += NUM_WARPS
+        place = step
+        if PAGED:
+            # needed when K is decoded
+            page = page_entry(page_ptr + b * max_pages, step, max_pages, page_shift)
+            place = step & ((1 << page_shift) - 1)
 
         wait_older_copies(lane)
         k_scale_u, y_u = open_slot(k_stream_u, j, K_END, WALL_UNIT, K_GAIN)
@@ -358,17 +394,19 @@ def attention_kernel(
                 s0, s1, s2, s3 = mma_s8(s0, s1, s2, s3, a0, a1, a2, a3, b0, b1, NUM_WARPS)
                 t0, t1, t2, t3 = mma_s8(t0, t1, t2, t3, a0, a1, a2, a3, c0, c1, NUM_WARPS)
         sync_warp(lane)
-        stage_slots(k_head, step, k_pieces, lane, k_buffer, K_WORDS, K_RAW)
+        if PAGED:
+            k_head = page_slots(k_ptr, page, num_pages, h, heads, k_pieces)
+        stage_slots(k_head, place, k_pieces, lane, k_buffer, K_WORDS, K_RAW)
 
         x0 = (s0 * 128 + t0).to(tl.float32) * (k_scale_u * q_scale[0])
         x1 = (s1 * 128 + t1).to(tl.float32) * (k_scale_u * q_scale[1])
         x2 = (s2 * 128 + t2).to(tl.float32) * (k_scale_v * q_scale[0])
         x3 = (s3 * 128 + t3).to(tl.float32) * (k_scale_v * q_scale[1])
         if HAS_MASK:
-            keep_u0 = keep_u0 & (seen_u0 != 0)
-            keep_u1 = keep_u1 & (seen_u1 != 0)
-            keep_v0 = keep_v0 & (seen_v0 != 0)
-            keep_v1 = keep_v1 & (seen_v1 != 0)
+            x0, keep_u0 = apply_mask(x0, keep_u0, seen_u0)
+            x1, keep_u1 = apply_mask(x1, keep_u1, seen_u1)
+            x2, keep_v0 = apply_mask(x2, keep_v0, seen_v0)
+            x3, keep_v1 = apply_mask(x3, keep_v1, seen_v1)
         scores = (
             tl.where(keep_u0, x0, float("-inf")),
             tl.where(keep_u1, x1, float("-inf")),
@@ -411,7 +449,9 @@ def attention_kernel(
                     )
         totals = updated
         sync_warp(lane)
-        stage_slots(v_head, step, v_pieces, lane, v_buffer, V_WORDS, V_RAW)
+        if PAGED:
+            v_head = page_slots(v_ptr, page, num_pages, h, heads, v_pieces)
+        stage_slots(v_head, place, v_pieces, lane, v_buffer, V_WORDS, V_RAW)
 
     if PDL:
         gdc_launch_dependents()

@@ -23,6 +23,15 @@ def query_8(query_ptr, row_offset, d, first_dim, mask, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
+def apply_mask(score, keep, mask):
+    """Score (base 2) and whether the token is seen, by its entry of a mask: int8, nonzero where seen, or floating point and added."""
+    if mask.dtype == tl.int8:
+        return score, keep & (mask != 0)
+    else:
+        return score + mask.to(tl.float32) * 1.4426950408889634, keep
+
+
+@triton.jit
 def exact_step(
     e,
     k_exact_ptr,
@@ -111,19 +120,15 @@ def exact_step(
                     dtype,
                     NUM_WARPS,
                 )
-    keep = ()
+    products = (s0, s1, s2, s3)
+    scores = ()
     for i in tl.static_range(4):
         token = tokens[i // 2]
+        score = products[i] * scale
         seen = inside[i // 2] & (token >= low[i % 2]) & (token <= high[i % 2])
         if HAS_MASK:
-            seen = seen & (tl.load(mask_ptr + mask_rows[i % 2] + tl.minimum(token, last_token)) != 0)
-        keep = keep + (seen,)
-    scores = (
-        tl.where(keep[0], s0 * scale, float("-inf")),
-        tl.where(keep[1], s1 * scale, float("-inf")),
-        tl.where(keep[2], s2 * scale, float("-inf")),
-        tl.where(keep[3], s3 * scale, float("-inf")),
-    )
+            score, seen = apply_mask(score, seen, tl.load(mask_ptr + mask_rows[i % 2] + tl.minimum(token, last_token)))
+        scores = scores + (tl.where(seen, score, float("-inf")),)
     one = tl.full([32 * NUM_WARPS], 1.0, tl.float32)
     weights, state, totals = weigh(scores, one, one, state, totals, NUM_WARPS, 8 * GROUPS)
     w0, w1, w2, w3 = weights

@@ -1,4 +1,4 @@
-"""Encode new tokens into slots of the KV cache: scale, lattice points and bits of one slot per program.
+"""Encode new tokens into slots of the KV cache: scale, lattice points and bits of one slot per program, keys and values side by side.
 
 Definition.  As `hq_inductor.format.quantizer`: the finest scale at which the code fits, points by error plus lambda times bits (effort 0:
              lambda 0, the nearest ones), then the least lambda that fits at that scale, and the least-squares scale. Slots decode with
@@ -130,20 +130,55 @@ def _raw_word(symbols, cosets, v, w: tl.constexpr, K: tl.constexpr):
     return word
 
 
-@triton.jit(do_not_specialize=["heads", "all_heads", "max_tokens", "stride_xb", "stride_xh", "stride_xs"])
+@triton.jit
+def _slot_in_page(position, b, h, heads, max_tokens, page_ptr, num_pages, max_pages, page_size):
+    """Number of the slot of a position in the pool, and whether it has one."""
+    inside = (position >= 0) & (position < max_tokens)
+    place = tl.where(inside, position, 0).to(tl.int32)
+    page = tl.load(page_ptr + b * max_pages + place // page_size)
+    return (page.to(tl.int64) * heads + h) * page_size + place % page_size, inside & (page >= 0) & (page < num_pages)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "heads",
+        "all_heads",
+        "max_tokens",
+        "stride_xb",
+        "stride_xh",
+        "stride_xs",
+        "stride_x2b",
+        "stride_x2h",
+        "stride_x2s",
+        "stride_pb",
+        "num_pages",
+        "max_pages",
+        "page_size",
+    ]
+)
 def encode_kernel(
     x_ptr,  # [B, all_heads, S, HEAD_DIM], strided, last dimension contiguous
-    position_ptr,  # [S] int64
-    words_ptr,  # [B, heads, max_tokens, WORDS] int32
+    position_ptr,  # [S] int64, or [B, S] of row stride `stride_pb`
+    words_ptr,  # [B, heads, max_tokens, WORDS] int32, or if PAGED [num_pages, heads, page_size, WORDS]
+    x2_ptr,  # if PAIR another x of the same shape and dtype, strides of its own
+    words2_ptr,  # and its words
     lengths_ptr,  # [CLASSES^4] int32
     codewords_ptr,  # [CLASSES^4] int32
     bits_ptr,  # [2 LIMIT] fp32, of symbols -LIMIT to LIMIT - 1
+    page_ptr,  # [B, max_pages] int32 if PAGED
     heads,
     all_heads,
     max_tokens,
     stride_xb,
     stride_xh,
     stride_xs,
+    stride_x2b,
+    stride_x2h,
+    stride_x2s,
+    stride_pb,
+    num_pages,
+    max_pages,
+    page_size,
     price,  # lambda, squared units of the scale per bit
     start_rms,
     overload,  # squared error from clipping that a slot may have, in units of the scale
@@ -160,9 +195,11 @@ def encode_kernel(
     EFFORT: tl.constexpr,
     CANDIDATES: tl.constexpr,
     FINER: tl.constexpr,  # candidates that are finer than the scale at which Gaussians come to rest on the average (`start_rms`)
+    PAIR: tl.constexpr,
+    PAGED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (i, s): token s of head i of slots."""
+    """Program (i, s, r): token s of head i of slots, of x for r = 0 and of the other one for r = 1."""
     GROUPS: tl.constexpr = TILE // 128
     RAW: tl.constexpr = 4 * K * GROUPS
     STREAM: tl.constexpr = WORDS - RAW
@@ -176,7 +213,16 @@ def encode_kernel(
     s = tl.program_id(1)
     b = unit // heads
     h = unit % heads
-    position = tl.load(position_ptr + s)
+    if PAIR:
+        if tl.program_id(2) == 1:
+            x_ptr, words_ptr = x2_ptr, words2_ptr
+            stride_xb, stride_xh, stride_xs = stride_x2b, stride_x2h, stride_x2s
+    position = tl.load(position_ptr + b * stride_pb + s)
+    if PAGED:
+        slot, exists = _slot_in_page(position, b, h, heads, max_tokens, page_ptr, num_pages, max_pages, page_size)
+    else:
+        slot = unit.to(tl.int64) * max_tokens + position
+        exists = (position >= 0) & (position < max_tokens)
 
     vector = tl.arange(0, VECTORS)
     head = h * JOIN + vector * 8 // HEAD_DIM
@@ -275,9 +321,9 @@ def encode_kernel(
     fitted = tl.where(total > 0, tl.sum(correlation, 0) / tl.maximum(total, 1.0), _scale_of(start))
     scale_code = _code_of(tl.maximum(fitted, 9.094947017729282e-13))
 
-    slot_ptr = words_ptr + (unit.to(tl.int64) * max_tokens + position) * WORDS
+    slot_ptr = words_ptr + slot * WORDS
     # lanes of a slot that does not exist write none
-    real = tl.where((position >= 0) & (position < max_tokens), 1, 0)
+    real = tl.where(exists, 1, 0)
 
     # raw plane
     v = vector // 4 % 4

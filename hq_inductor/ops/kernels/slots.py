@@ -48,6 +48,18 @@ def stage_slots(head_ptr, step, pieces, lane, address, WORDS: tl.constexpr, RAW:
 
 
 @triton.jit
+def page_entry(row_ptr, step, max_pages, page_shift):
+    """Entry of a row of the page table for tokens `16 step` to `16 step + 15`, the last one's beyond the end."""
+    return tl.load(row_ptr + tl.minimum(step >> page_shift, max_pages - 1))
+
+
+@triton.jit
+def page_slots(pool_ptr, page, num_pages, h, heads, pieces):
+    """Where the slots of head `h` begin in a page, `pieces` of 16 bytes; of the page next to it where there is no such page."""
+    return pool_ptr + (tl.minimum(tl.maximum(page, 0), num_pages - 1) * heads + h).to(tl.int64) * (4 * pieces)
+
+
+@triton.jit
 def raw_address(buffer, row, WORDS: tl.constexpr, RAW: tl.constexpr):
     """Address of a row's raw plane."""
     return buffer + row * (4 * RAW if WORDS % 4 == 0 else 4 * WORDS)

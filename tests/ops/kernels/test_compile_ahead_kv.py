@@ -12,14 +12,23 @@ from hq_inductor.ops.kernels.softmax import combine_kernel  # noqa: E402
 
 from .test_compile_ahead import compile_ahead, loop_of  # noqa: E402
 
-ATTENTION_SCALARS = ("max_tokens", "sinks", "window", "sliding_window")
+ATTENTION_SCALARS = ("max_tokens", "sinks", "window", "sliding_window", "num_pages", "max_pages", "page_shift")
 
 
 @pytest.mark.parametrize(
-    ("capability", "bps", "head_dim", "two_codes"),
-    [(80, 4.0, 128, False), (90, 4.0, 128, False), (90, 2.0, 128, True), (90, 4.0, 256, False), (100, 3.0, 64, False)],
+    ("capability", "bps", "head_dim", "two_codes", "paged"),
+    [
+        (80, 4.0, 128, False, False),
+        (80, 4.0, 128, False, True),
+        (90, 4.0, 128, False, False),
+        (90, 4.0, 128, False, True),
+        (90, 2.0, 128, True, False),
+        (90, 4.0, 256, False, False),
+        (100, 3.0, 64, False, False),
+        (100, 2.0, 128, True, True),
+    ],
 )
-def test_attention(capability, bps, head_dim, two_codes, tmp_path):
+def test_attention(capability, bps, head_dim, two_codes, paged, tmp_path):
     layout = kv_layout(head_dim, bps).tile
     launch = attention_launch(8, 32768, 132, layout, layout)
     assert launch.splits > 1
@@ -31,6 +40,8 @@ def test_attention(capability, bps, head_dim, two_codes, tmp_path):
         "JOIN": layout.tile // head_dim,
         "HAS_START": False,
         "HAS_MASK": True,
+        "OWN_LENGTHS": paged,
+        "PAGED": paged,
         "SPLIT": True,
         "NUM_WARPS": launch.num_warps,
         "PDL": capability >= 90,
@@ -57,9 +68,10 @@ def test_attention(capability, bps, head_dim, two_codes, tmp_path):
         "partial_ptr": "*fp32",
         "state_ptr": "*fp32",
         "scratch_ptr": "*i32",
+        "page_ptr": "*i32",
     }
     sizes = ("queries", "group", "heads", "kv_heads", *ATTENTION_SCALARS)
-    strides = ("stride_qb", "stride_qh", "stride_qs", "stride_mb", "stride_ms")
+    strides = ("stride_qb", "stride_qh", "stride_qs", "stride_mb", "stride_mh", "stride_ms")
     signature = {**pointers, "scale": "fp32", **dict.fromkeys(sizes + strides, "i32")}
     sass, used, shared = compile_ahead(
         attention_kernel, signature, constants, capability, launch.num_warps, tmp_path, maxnreg=launch.registers
@@ -81,10 +93,16 @@ def test_combine(capability, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("capability", "bps", "effort", "candidates"),
-    [(80, 4.0, 1, 32), (90, 4.0, 1, 32), (90, 4.0, 1, 16), (90, 2.0, 0, 32), (100, 3.0, 1, 16)],
+    ("capability", "bps", "effort", "candidates", "pair", "paged"),
+    [
+        (80, 4.0, 1, 32, True, True),
+        (90, 4.0, 1, 32, True, False),
+        (90, 4.0, 1, 16, False, True),
+        (90, 2.0, 0, 32, False, False),
+        (100, 3.0, 1, 16, True, True),
+    ],
 )
-def test_encode(capability, bps, effort, candidates, tmp_path):
+def test_encode(capability, bps, effort, candidates, pair, paged, tmp_path):
     layout = kv_layout(128, bps).tile
     constants = {
         "K": layout.rice_parameter,
@@ -100,17 +118,23 @@ def test_encode(capability, bps, effort, candidates, tmp_path):
         "EFFORT": effort,
         "CANDIDATES": candidates,
         "FINER": 8,
+        "PAIR": pair,
+        "PAGED": paged,
         "PDL": capability >= 90,
     }
     pointers = {
         "x_ptr": "*bf16",
         "position_ptr": "*i64",
         "words_ptr": "*i32",
+        "x2_ptr": "*bf16",
+        "words2_ptr": "*i32",
         "lengths_ptr": "*i32",
         "codewords_ptr": "*i32",
         "bits_ptr": "*fp32",
+        "page_ptr": "*i32",
     }
-    sizes = ("heads", "all_heads", "max_tokens", "stride_xb", "stride_xh", "stride_xs")
+    strides = ("stride_xb", "stride_xh", "stride_xs", "stride_x2b", "stride_x2h", "stride_x2s", "stride_pb")
+    sizes = ("heads", "all_heads", "max_tokens", *strides, "num_pages", "max_pages", "page_size")
     signature = {**pointers, **dict.fromkeys(sizes, "i32"), **dict.fromkeys(("price", "start_rms", "overload"), "fp32")}
     sass, _, _ = compile_ahead(encode_kernel, signature, constants, capability, candidates // 4, tmp_path)
     assert "LDL" not in sass and "STL" not in sass, "spilled registers"
