@@ -191,6 +191,21 @@ class HyperQuantTensor(TorchAOBaseTensor):
     def _stable_hash_for_caching(self) -> str:
         return repr((self.__tensor_flatten__(), tuple(self.qdata.shape)))
 
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled():
+            if func not in cls._ATEN_OP_TABLE[cls]:
+                # below autograd, composite ops arrive whole
+                result = func.decompose(*args, **kwargs)
+                if result is not NotImplemented:
+                    return result
+            elif func.is_view and not args[0].is_inference():
+                # a view of an ordinary tensor is one, whatever the mode
+                with torch.inference_mode(False):
+                    return super().__torch_dispatch__(func, types, args, kwargs)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
     def _replace(self, **changes) -> HyperQuantTensor:
         """A copy of the face with other tensors or attributes."""
         _, attributes = self.__tensor_flatten__()
@@ -416,11 +431,10 @@ def _(func, types, args, kwargs):
     return torch.stack([linear(x[i], _as_weight(aten.select.int(stack, 0, i))) for i in range(stack.shape[0])])
 
 
-# composite, but it reaches us whole under inference_mode
-@implements(aten.narrow.default)
+@implements(aten.unbind.int)
 def _(func, types, args, kwargs):
-    weight, dim, start, length = args
-    return aten.slice.Tensor(weight, dim, start, start + length)
+    weight, dim = (*args, kwargs.get("dim", 0))[:2]
+    return [aten.select.int(weight, dim, i) for i in range(weight.shape[dim])]
 
 
 @implements(aten.split.Tensor)
