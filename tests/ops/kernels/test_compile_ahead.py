@@ -165,7 +165,7 @@ def test_rotate_quantize(capability, prologue, tmp_path):
     constants = {"TILE": 512, "BLOCK": 512, "PARTS": 1, "SEED": 0, "HAS_SCALE": True, "LATTICE": "e8", "ALIGNED": True}
     pointers = {**ACTIVATIONS, "pre_scale_ptr": "*bf16", "q_ptr": "*i8", "act_scale_ptr": "*fp32", "counter_ptr": "*i32"}
     scalars = {**dict.fromkeys(("M", "M_PAD", "in_features", "stride_xm", "stride_gm", "counters"), "i32"), "eps": "fp32"}
-    constants |= {"PDL": capability >= 90, **prologue_constants(prologue)}
+    constants |= {"PDL": capability >= 90, "RING": 64 if capability == 90 else 0, **prologue_constants(prologue)}
     sass, _, _ = compile_ahead(rotate_quantize_kernel, {**pointers, **scalars}, constants, capability, 1, tmp_path)
     assert "LDL" not in sass and "STL" not in sass, "spilled registers"
     assert "LDG.E.U16" not in sass and "LDG.E.128" in sass
