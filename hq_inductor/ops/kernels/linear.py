@@ -18,6 +18,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .bits import INTERPRETED
+from .memory import load_pair, load_uncached, load_where, store_where
 from .shared import TABLE_BYTES, commit_copies, copy_async_4, copy_async_16, declare_shared, load_tables, wait_copies
 from .tile import decode_vector, first_cursor, first_words, load_raw, next_quads, read_header, restore_signs, stream_word
 from .warp import mma_s8
@@ -324,7 +325,7 @@ def linear_kernel(
         if BLOCKS <= 2:
             # under way long before the end of the tile, as far as registers go
             for b in tl.static_range(BLOCKS):
-                column_scales = column_scales + (tl.load(column_ptr + 8 * b), tl.load(column_ptr + 8 * b + 1))
+                column_scales = column_scales + load_pair(column_ptr + 8 * b)
         scale_u, wall_u = read_header(stream_word(streams[0], addresses[0], thread * 0, STREAM, ROW_BYTES), END, WALL_UNIT, GAIN)
         scale_v, wall_v = read_header(stream_word(streams[1], addresses[1], thread * 0, STREAM, ROW_BYTES), END, WALL_UNIT, GAIN)
         x_u = first_cursor(wall_u, j, END)
@@ -411,7 +412,7 @@ def linear_kernel(
 
         if BLOCKS > 2:
             for b in tl.static_range(BLOCKS):
-                column_scales = column_scales + (tl.load(column_ptr + 8 * b), tl.load(column_ptr + 8 * b + 1))
+                column_scales = column_scales + load_pair(column_ptr + 8 * b)
         updated_totals = ()
         for b in tl.static_range(BLOCKS):
             s0 = column_scales[2 * b]
@@ -437,7 +438,7 @@ def linear_kernel(
             for i in tl.static_range(4):
                 row = row_u if i < 2 else row_v
                 m = m0 + 8 * b + 2 * j + i % 2
-                tl.store(partial_ptr + (part * M_PAD + m).to(tl.int64) * total + (column + row), totals[4 * b + i], mask=row < N)
+                store_where(partial_ptr + (part * M_PAD + m).to(tl.int64) * total + (column + row), totals[4 * b + i], row < N)
         # strips beyond the last row count too, in counters of their own
         counter = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * NUM_WARPS + warp
         mine = mine & (_count_in(counter_ptr + counter, lane, NUM_WARPS) == splits - 1)
@@ -450,11 +451,9 @@ def linear_kernel(
             if SPLIT:
                 value = tl.zeros([32 * NUM_WARPS], tl.float32)
                 for s in range(splits):
-                    # not from L1, which may hold what was there before
-                    place = (s * M_PAD + m).to(tl.int64) * total + (column + row)
-                    value += tl.load(partial_ptr + place, mask=mask, other=0.0, cache_modifier=".cg")
+                    value += load_uncached(partial_ptr + (s * M_PAD + m).to(tl.int64) * total + (column + row), mask)
             if HAS_BIAS:
-                value += tl.load(bias_ptr + row, mask=mask, other=0.0).to(tl.float32)
+                value += load_where(bias_ptr + row, mask).to(tl.float32)
             if HAS_RESIDUAL:
-                value += tl.load(residual_ptr + m.to(tl.int64) * stride_residual + (column + row), mask=mask, other=0.0).to(tl.float32)
-            tl.store(out_ptr + m.to(tl.int64) * total + (column + row), value.to(out_ptr.dtype.element_ty), mask=mask)
+                value += load_where(residual_ptr + m.to(tl.int64) * stride_residual + (column + row), mask).to(tl.float32)
+            store_where(out_ptr + m.to(tl.int64) * total + (column + row), value.to(out_ptr.dtype.element_ty), mask)

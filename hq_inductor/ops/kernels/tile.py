@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from .bits import INTERPRETED, and_xor, funnel_left, parity, rotate_left, shift_right, spread_sign, spread_signs
+from .memory import load_word
 from .shared import load_shared
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -37,7 +38,7 @@ def load_raw_word(tile_ptr, i, j, COUNT: tl.constexpr):
     REST: tl.constexpr = COUNT % 4
     FULL: tl.constexpr = COUNT - REST
     place = tl.where(i < FULL, (i // 4) * 16 + j * 4, 4 * FULL + REST * j) + i % 4
-    return tl.load(tile_ptr + place)
+    return load_word(tile_ptr + place)
 
 
 @triton.jit
@@ -46,14 +47,14 @@ def load_raw(tile_ptr, g, j, K: tl.constexpr, LATTICE: tl.constexpr, GROUPS: tl.
     words = ()
     if LATTICE == "d4":
         group_ptr = tile_ptr + g * (4 * K - 1)
-        s0 = tl.load(group_ptr)
-        s1 = tl.load(group_ptr + K)
-        s2 = tl.load(group_ptr + 2 * K)
+        s0 = load_word(group_ptr)
+        s1 = load_word(group_ptr + K)
+        s2 = load_word(group_ptr + 2 * K)
         last = (shift_right(s0, 24)) | (shift_right(s1, 24) << 8) | (shift_right(s2, 24) << 16)
         own = tl.where(j == 0, s0, tl.where(j == 1, s1, s2)) & 0xFFFFFF
         words = words + (tl.where(j == 3, last, own),)
         for w in tl.static_range(1, K):
-            words = words + (tl.load(group_ptr + j * K + w - tl.where(j == 3, 1, 0)),)
+            words = words + (load_word(group_ptr + j * K + w - tl.where(j == 3, 1, 0)),)
     else:
         for w in tl.static_range(K):
             words = words + (load_raw_word(tile_ptr, g * K + w, j, K * GROUPS),)
@@ -94,7 +95,7 @@ def stream_word(stream_ptr, row_address, x, STREAM: tl.constexpr, ROW_BYTES: tl.
     if ROW_BYTES > 0:
         return load_shared(((x >> 3) & (ROW_BYTES - 4)) ^ row_address)
     else:
-        return tl.load(stream_ptr + tl.minimum(tl.maximum(x >> 5, 0), STREAM - 1))
+        return load_word(stream_ptr + tl.minimum(tl.maximum(x >> 5, 0), STREAM - 1))
 
 
 @triton.jit
