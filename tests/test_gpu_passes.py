@@ -92,3 +92,24 @@ def test_one_graph_for_decode_and_prefill():
         for shape in ((2, 5), (9, 4), (3, 170)):
             x = cuda(*shape, 128)
             close(compiled.model(x), model(x))
+
+
+@pytest.mark.parametrize(("batch", "mma"), [(1, "auto"), (48, "auto"), (48, "fp8"), (48, "bf16")])
+def test_what_is_compiled_ahead_is_what_is_launched(batch, mma):
+    from hq_inductor.ops import ahead, fused
+    from hq_inductor.ops.registry import cuda_function
+
+    def compiled():
+        kernels = [kernel for kernel in vars(fused).values() if hasattr(kernel, "device_caches")]
+        return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())
+
+    # a seed of its own: nothing else has compiled the kernels that rotate
+    weight = HyperQuantTensor.from_hp(torch.randn(64, 512, device="cuda"), bps=2.625, seed=1000 + batch, mma=mma)
+    args = (cuda(batch, 512), weight.qdata, None, None, weight.lattice, weight.tile, weight.code, weight.seed, mma)
+    before = compiled()
+    ahead.compile_kernels_of(cuda_function(ops.rice_linear.default), args, {})
+    ahead.wait_for_kernels()
+    ready = compiled()
+    assert ready > before
+    ops.rice_linear(*args)
+    assert compiled() == ready

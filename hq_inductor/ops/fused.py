@@ -9,6 +9,7 @@ import triton
 
 from ..format.hadamard import hadamard_block
 from ..format.layout import TileLayout
+from . import ahead
 from .kernels.activations import fp8_scale_kernel, rotate_kernel, rotate_quantize_kernel, row_statistics_kernel
 from .kernels.decode import decode_kernel
 from .kernels.linear import linear_kernel
@@ -79,7 +80,9 @@ def rotate_quantize(
     zeros = torch.empty(counters, dtype=torch.int32, device=x.device)
     pdl = dependent_launch(x.device)
     gate = x if prologue.gate is None else prologue.gate
-    rotate_quantize_kernel[(padded, tiles)](
+    ahead.launch(
+        rotate_quantize_kernel,
+        (padded, tiles),
         x,
         gate,
         _vector(prologue.weight, x),
@@ -135,8 +138,17 @@ def rotate(
     statistics, gate = x, x if prologue.gate is None else prologue.gate
     if prologue.name in NORMS:
         statistics = torch.empty((batch, 2), dtype=torch.float32, device=x.device)
-        row_statistics_kernel[(batch,)](
-            x, statistics, features, x.stride(0), prologue.eps, PROLOGUE=prologue.name, ALIGNED=_aligned_rows(x), num_warps=4
+        ahead.launch(
+            row_statistics_kernel,
+            (batch,),
+            x,
+            statistics,
+            features,
+            x.stride(0),
+            prologue.eps,
+            PROLOGUE=prologue.name,
+            ALIGNED=_aligned_rows(x),
+            num_warps=4,
         )
     pointers = (x, gate, _vector(prologue.weight, x), _vector(prologue.bias, x), statistics, _vector(act_pre_scale, x))
     scalars = (features, x.stride(0), gate.stride(0), tiles)
@@ -145,9 +157,28 @@ def rotate(
     if fp8:
         kept = {key: value for key, value in rotation.items() if key not in ("BLOCK", "PARTS", "SEED")}
         padded = triton.next_power_of_2(layout.tile)
-        fp8_scale_kernel[(batch,)](*pointers, scale, *scalars, **kept, PADDED=padded, ALIGNED=aligned, num_warps=1 if batch >= 1024 else 4)
-    rotate_kernel[(batch, tiles)](
-        *pointers, out, x if scale is None else scale, *scalars, **rotation, LATTICE=layout.lattice, ALIGNED=aligned, num_warps=1
+        ahead.launch(
+            fp8_scale_kernel,
+            (batch,),
+            *pointers,
+            scale,
+            *scalars,
+            **kept,
+            PADDED=padded,
+            ALIGNED=aligned,
+            num_warps=1 if batch >= 1024 else 4,
+        )
+    ahead.launch(
+        rotate_kernel,
+        (batch, tiles),
+        *pointers,
+        out,
+        x if scale is None else scale,
+        *scalars,
+        **rotation,
+        LATTICE=layout.lattice,
+        ALIGNED=aligned,
+        num_warps=1,
     )
     return out, scale
 
@@ -175,7 +206,9 @@ def int8_matmul(
     out = torch.empty(shape, dtype=torch.float32 if split else dtype, device=x.device)
     if out.numel() == 0:
         return out.sum(0).to(dtype) if split else out
-    int8_matmul_kernel[(-(-batch // launch.block_m) * -(-rows // launch.block_n), launch.splits)](
+    ahead.launch(
+        int8_matmul_kernel,
+        (-(-batch // launch.block_m) * -(-rows // launch.block_n), launch.splits),
         x,
         act_scale,
         codes,
@@ -268,7 +301,9 @@ def int8_linear(
     biases = [b.contiguous() for b in biases] if has_bias else [out]
     weights += weights[:1] * (MAX_SIBLINGS - len(weights))
     biases += biases[:1] * (MAX_SIBLINGS - len(biases))
-    linear_kernel[grid](
+    ahead.launch(
+        linear_kernel,
+        grid,
         weights[0],
         layout.kernel_tables(x.device),
         q,
@@ -382,7 +417,9 @@ def decode(
     if parts is None:
         parts = decode_parts(blocks, tiles, multiprocessors(qdata.device)) if qdata.is_cuda else 1
     placeholder = qdata
-    decode_kernel[(blocks, parts)](
+    ahead.launch(
+        decode_kernel,
+        (blocks, parts),
         qdata,
         layout.kernel_tables(qdata.device, plain=True),
         scale if row_scale else placeholder,

@@ -2,7 +2,8 @@
 
 What Triton would emit for `tl.load` and `tl.store` of such tensors, without its search for a layout in which neighbours are loaded
 together: there is nothing to find, and in a large kernel the search walks through all of it once per load and store (`TritonGPUCoalesce`).
-Measured, 2-core virtual x86-64, Triton 3.6, sm_90: 1.2 of the 3.8 s that the linear kernel takes to compile for 8 columns, 9.9 of 13.4 for 32.
+Measured, 2-core virtual x86-64, Triton 3.6, sm_90: of the 3.8 s that the linear kernel took to compile for 8 columns the search was 1.2, of
+13.4 for 32 columns 9.9, of 45 for attention with heads of 256 30; now at most 0.1, and in attention 3.
 """
 
 from __future__ import annotations
