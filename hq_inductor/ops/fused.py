@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import triton
 
+from ..format.codes import CodesLayout
 from ..format.hadamard import hadamard_block
 from ..format.layout import TileLayout
 from . import ahead
@@ -30,7 +31,7 @@ from .launch import (
 from .prologue import NO_PROLOGUE, NORMS, Prologue
 
 
-def _rotation(layout: TileLayout, act_pre_scale: torch.Tensor | None, seed: int, prologue: Prologue) -> dict:
+def _rotation(layout: TileLayout | CodesLayout, act_pre_scale: torch.Tensor | None, seed: int, prologue: Prologue) -> dict:
     """Compile-time arguments of `hq_inductor.ops.kernels.activations.rotate`."""
     block = hadamard_block(layout.tile)
     return {
@@ -111,7 +112,7 @@ def rotate_quantize(
 def rotate(
     x: torch.Tensor,
     act_pre_scale: torch.Tensor | None,
-    layout: TileLayout,
+    layout: TileLayout | CodesLayout,
     tiles: int,
     seed: int,
     dtype: torch.dtype,
