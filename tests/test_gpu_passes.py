@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hq_inductor import HyperQuantTensor
-from hq_inductor.ops.prologue import GATES, NORMS, PROLOGUES, Prologue
+from hq_inductor.ops.prologue import GATES, LAYER_NORMS, NORMS, PROLOGUES, Prologue
 from hq_inductor.passes import configured
 
 from .passes.graphs import ALL, NONE, Compiled, LlamaBlock, quantized
@@ -40,7 +40,10 @@ def test_fused_op_equals_its_layers(name, mma):
     bound = 6e-2 if mma == "fp8" else 2e-2
     for batch in (1, 5, 40, 300):
         x, gate = cuda(batch, FEATURES) + 1, cuda(batch, 2 * FEATURES)[:, FEATURES:] if name in GATES else None
-        gain, shift = cuda(FEATURES) if name in NORMS else None, cuda(FEATURES) if name == "layer_norm" else None
+        # of a modulation as of a merged layer's output, one for all rows or for each
+        rows = (batch, 2 * FEATURES) if name == "layer_norm_1p" else (2 * FEATURES,)
+        gain = cuda(*rows)[..., FEATURES:] if name in NORMS else None
+        shift = cuda(*rows)[..., :FEATURES] if name in LAYER_NORMS else None
         activations = Prologue(name, gate, gain, shift, 1e-5).apply(x)
         expected = [
             ops.rice_linear(activations, w.qdata, scale, b, w.lattice, w.tile, w.code, w.seed, mma)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -40,15 +41,35 @@ def _rotation(layout: TileLayout | CodesLayout, act_pre_scale: torch.Tensor | No
         "PARTS": triton.next_power_of_2(layout.tile // block),
         "SEED": seed,
         "HAS_SCALE": act_pre_scale is not None,
-        "PROLOGUE": prologue.name,
+        "PROLOGUE": prologue.name.removesuffix("_1p"),
+        "ADD_ONE": prologue.name.endswith("_1p"),
         "HAS_WEIGHT": prologue.weight is not None,
         "HAS_BIAS": prologue.bias is not None,
+        "NORM_ROWS": _norm_rows(prologue) > 1,
     }
 
 
+def _norm_rows(prologue: Prologue) -> int:
+    """Rows of a norm's weight and bias, `[rows, K]` or `[K]`."""
+    given = prologue.bias if prologue.weight is None else prologue.weight
+    return 1 if given is None or given.dim() == 1 else given.shape[0]
+
+
+def _norm_strides(prologue: Prologue, batch: int) -> tuple[Prologue, int, int]:
+    """The prologue with rows of weight and bias equally far apart, that distance, and how many activations share one."""
+    rows = _norm_rows(prologue)
+    if rows == 1:
+        return prologue, 0, 1
+    strides = [tensor.stride(0) for tensor in (prologue.weight, prologue.bias) if tensor is not None]
+    if len(set(strides)) > 1:
+        prologue = dataclasses.replace(prologue, weight=prologue.weight.contiguous(), bias=prologue.bias.contiguous())
+        strides = [prologue.weight.stride(0)]
+    return prologue, strides[0], max(1, batch // rows)
+
+
 def _vector(tensor: torch.Tensor | None, placeholder: torch.Tensor) -> torch.Tensor:
-    """A pointer argument `[K]` that may be missing."""
-    return placeholder if tensor is None else tensor.contiguous()
+    """A pointer argument `[K]`, or rows of them, that may be missing."""
+    return placeholder if tensor is None else tensor if tensor.dim() == 2 else tensor.contiguous()
 
 
 def _aligned_rows(*matrices: torch.Tensor) -> bool:
@@ -71,7 +92,8 @@ def rotate_quantize(
         x: `[M, in_features]`, last dimension contiguous.
         padded: rows of the result, at least M.
         counters: length of the zeros that come along.
-        prologue: what happens to `x` first; its gate is `[M, in_features]`, last dimension contiguous.
+        prologue: what happens to `x` first; its gate is `[M, in_features]`, weight and bias `[in_features]` or `[rows, in_features]`, where
+            M is a multiple of rows and each is for M / rows in a row; last dimensions contiguous.
 
     Returns:
         int8 `[tiles * tile / 64, padded, 64]` (`hq_inductor.ops.kernels.activations`), fp32 scales `[tiles, padded]`, int32 zeros.
@@ -80,6 +102,7 @@ def rotate_quantize(
     scale = torch.empty((tiles, padded), dtype=torch.float32, device=x.device)
     zeros = torch.empty(counters, dtype=torch.int32, device=x.device)
     pdl = dependent_launch(x.device)
+    prologue, stride_norm, period = _norm_strides(prologue, x.shape[0])
     gate = x if prologue.gate is None else prologue.gate
     ahead.launch(
         rotate_quantize_kernel,
@@ -97,11 +120,13 @@ def rotate_quantize(
         x.shape[1],
         x.stride(0),
         gate.stride(0),
+        stride_norm,
+        period,
         counters,
         prologue.eps,
         **_rotation(layout, act_pre_scale, seed, prologue),
         LATTICE=layout.lattice,
-        ALIGNED=_aligned_rows(x, gate),
+        ALIGNED=_aligned_rows(x, gate) and stride_norm % 16 == 0,
         PDL=pdl,
         num_warps=1,
         **({"launch_pdl": True} if pdl else {}),
@@ -136,6 +161,7 @@ def rotate(
         scale = torch.empty(batch if fp8 else (tiles, batch), dtype=torch.float32, device=x.device)
     if out.numel() == 0:
         return out, scale
+    prologue, stride_norm, period = _norm_strides(prologue, batch)
     statistics, gate = x, x if prologue.gate is None else prologue.gate
     if prologue.name in NORMS:
         statistics = torch.empty((batch, 2), dtype=torch.float32, device=x.device)
@@ -147,14 +173,14 @@ def rotate(
             features,
             x.stride(0),
             prologue.eps,
-            PROLOGUE=prologue.name,
+            PROLOGUE=prologue.name.removesuffix("_1p"),
             ALIGNED=_aligned_rows(x),
             num_warps=4,
         )
     pointers = (x, gate, _vector(prologue.weight, x), _vector(prologue.bias, x), statistics, _vector(act_pre_scale, x))
-    scalars = (features, x.stride(0), gate.stride(0), tiles)
+    scalars = (features, x.stride(0), gate.stride(0), stride_norm, period, tiles)
     rotation = _rotation(layout, act_pre_scale, seed, prologue)
-    aligned = _aligned_rows(x, gate)
+    aligned = _aligned_rows(x, gate) and stride_norm % 16 == 0
     if fp8:
         kept = {key: value for key, value in rotation.items() if key not in ("BLOCK", "PARTS", "SEED")}
         padded = triton.next_power_of_2(layout.tile)
