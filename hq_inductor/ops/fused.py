@@ -17,6 +17,7 @@ from .kernels.decode import decode_kernel
 from .kernels.linear import linear_kernel
 from .kernels.matmul import int8_matmul_kernel
 from .kernels.shared import row_bytes
+from .kernels.warpgroup import ring_stages
 from .launch import (
     WARP_ROWS,
     LinearLaunch,
@@ -76,6 +77,12 @@ def _aligned_rows(*matrices: torch.Tensor) -> bool:
     return all(matrix.shape[1] % 16 == 0 and matrix.stride(0) % 16 == 0 for matrix in matrices)
 
 
+def rotated_shape(layout: TileLayout, tiles: int, padded: int, ring: int) -> tuple[int, ...]:
+    """Shape of `rotate_quantize`'s activations."""
+    features = tiles * layout.tile
+    return (padded // ring, features // 16, ring, 16) if ring else (features // 64, padded, 64)
+
+
 def rotate_quantize(
     x: torch.Tensor,
     act_pre_scale: torch.Tensor | None,
@@ -85,6 +92,7 @@ def rotate_quantize(
     padded: int,
     counters: int,
     prologue: Prologue = NO_PROLOGUE,
+    ring: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rotated activations as int8.
 
@@ -94,11 +102,12 @@ def rotate_quantize(
         counters: length of the zeros that come along.
         prologue: what happens to `x` first; its gate is `[M, in_features]`, weight and bias `[in_features]` or `[rows, in_features]`, where
             M is a multiple of rows and each is for M / rows in a row; last dimensions contiguous.
+        ring: batch columns of a block whose activations come through a ring, or 0.
 
     Returns:
-        int8 `[tiles * tile / 64, padded, 64]` (`hq_inductor.ops.kernels.activations`), fp32 scales `[tiles, padded]`, int32 zeros.
+        int8 of `rotated_shape` (`hq_inductor.ops.kernels.activations`), fp32 scales `[tiles, padded]`, int32 zeros.
     """
-    q = torch.empty((tiles * layout.tile // 64, padded, 64), dtype=torch.int8, device=x.device)
+    q = torch.empty(rotated_shape(layout, tiles, padded, ring), dtype=torch.int8, device=x.device)
     scale = torch.empty((tiles, padded), dtype=torch.float32, device=x.device)
     zeros = torch.empty(counters, dtype=torch.int32, device=x.device)
     pdl = dependent_launch(x.device)
@@ -128,6 +137,7 @@ def rotate_quantize(
         LATTICE=layout.lattice,
         ALIGNED=_aligned_rows(x, gate) and stride_norm % 16 == 0,
         PDL=pdl,
+        RING=ring,
         num_warps=1,
         **({"launch_pdl": True} if pdl else {}),
     )
@@ -306,9 +316,9 @@ def int8_linear(
         raise ValueError(f"the kernel's offsets have 31 bits, got {largest} words and {batch} x {tiles * layout.tile} activations")
     if launch is None:
         launch = _default_launch(x, counts, tiles, layout)
-    buffer_bytes = row_bytes(layout.stream_words) if x.is_cuda else 0
-    if launch.num_warps > decode_warps(buffer_bytes):
-        raise ValueError(f"num_warps must be at most {decode_warps(buffer_bytes)} for {layout}, got {launch.num_warps}")
+    stream_bytes = row_bytes(layout.stream_words) if x.is_cuda else 0
+    if launch.num_warps > decode_warps(stream_bytes):
+        raise ValueError(f"num_warps must be at most {decode_warps(stream_bytes)} for {layout}, got {launch.num_warps}")
     out = torch.empty((batch, rows), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
@@ -316,8 +326,10 @@ def int8_linear(
     padded = -(-batch // columns) * columns
     grid = (sum(-(-n // (WARP_ROWS * launch.num_warps)) for n in counts), splits, padded // columns)
     counters = grid[0] * launch.num_warps * grid[2] if splits > 1 else 0
-    if rotated is None or rotated[0].shape[1] != padded:
-        q, scale, zeros = rotate_quantize(x, act_pre_scale, layout, tiles, seed, padded, counters, prologue)
+    ring = columns if launch.ring else 0
+    steps, stages = ring_stages(columns, launch.num_warps, stream_bytes) if ring else (1, 0)
+    if rotated is None or rotated[0].shape != rotated_shape(layout, tiles, padded, ring):
+        q, scale, zeros = rotate_quantize(x, act_pre_scale, layout, tiles, seed, padded, counters, prologue, ring)
     else:
         (q, scale), zeros = rotated, torch.zeros(counters, dtype=torch.int32, device=x.device)
     pdl = dependent_launch(x.device)
@@ -332,7 +344,7 @@ def int8_linear(
         linear_kernel,
         grid,
         weights[0],
-        layout.kernel_tables(x.device),
+        layout.kernel_tables(x.device),  # of which the first
         q,
         scale,
         biases[0],
@@ -358,7 +370,7 @@ def int8_linear(
         RAW=layout.raw_words,
         WALL_UNIT=layout.wall_unit,
         ALIGNED=_aligned(layout),
-        ROW_BYTES=buffer_bytes,
+        ROW_BYTES=stream_bytes,
         COLUMNS=columns,
         SPLIT=splits > 1,
         HAS_BIAS=has_bias,
@@ -367,6 +379,8 @@ def int8_linear(
         NUM_WARPS=launch.num_warps,
         num_warps=launch.num_warps,
         PDL=pdl,
+        STEPS=steps,
+        STAGES=stages,
         num_stages=1,
         **({"maxnreg": launch.registers} if launch.registers else {}),
         **({"launch_pdl": True} if pdl else {}),
@@ -396,9 +410,11 @@ def sibling_linear(
             groups.append([i])
     rotated = None
     if len(groups) > 1 and x.shape[0] > 0:
-        columns = _default_launch(x, [qdata[i].shape[0] for i in groups[0]], qdata[0].shape[1], layouts[0]).columns
+        launch = _default_launch(x, [qdata[i].shape[0] for i in groups[0]], qdata[0].shape[1], layouts[0])
+        columns = launch.columns
         padded = -(-x.shape[0] // columns) * columns
-        rotated = rotate_quantize(x, act_pre_scale, layouts[0], qdata[0].shape[1], seed, padded, 0, prologue)[:2]
+        ring = columns if launch.ring else 0
+        rotated = rotate_quantize(x, act_pre_scale, layouts[0], qdata[0].shape[1], seed, padded, 0, prologue, ring)[:2]
     outs = []
     for group in groups:
         biases = None
@@ -438,8 +454,8 @@ def decode(
         scale = torch.empty((rows, tiles) if codes else rows, dtype=torch.float32, device=qdata.device)
     if out.numel() == 0:
         return out, scale
-    buffer_bytes = row_bytes(layout.stream_words) if qdata.is_cuda else 0
-    num_warps = decode_warps(buffer_bytes)
+    stream_bytes = row_bytes(layout.stream_words) if qdata.is_cuda else 0
+    num_warps = decode_warps(stream_bytes)
     blocks = -(-rows // (WARP_ROWS * num_warps))
     if parts is None:
         parts = decode_parts(blocks, tiles, multiprocessors(qdata.device)) if qdata.is_cuda else 1
@@ -448,7 +464,7 @@ def decode(
         decode_kernel,
         (blocks, parts),
         qdata,
-        layout.kernel_tables(qdata.device, plain=True),
+        layout.table(qdata.device),
         scale if row_scale else placeholder,
         out,
         scale if codes else placeholder,
@@ -463,7 +479,7 @@ def decode(
         RAW=layout.raw_words,
         WALL_UNIT=layout.wall_unit,
         ALIGNED=_aligned(layout),
-        ROW_BYTES=buffer_bytes,
+        ROW_BYTES=stream_bytes,
         CODES=codes,
         ROW_SCALE=row_scale,
         LARGEST=layout.largest_value,

@@ -29,14 +29,18 @@ class LinearLaunch:
         splits: parts that the tiles of a row are cut into, for more blocks.
         num_warps: warps per block, each with 16 rows: 1, 2, 4 or 8.
         registers: most registers per thread, or 0 for what the compiler likes.
+        ring: activations come through a ring of shared memory, for groups of four warps to multiply with (sm_90).
     """
 
     columns: int
     splits: int
     num_warps: int
     registers: int = 0
+    ring: bool = False
 
     def __post_init__(self) -> None:
+        if self.ring and (self.num_warps not in (4, 8) or (self.columns % 16 and self.columns != MMA_COLUMNS)):
+            raise ValueError(f"a ring takes 4 or 8 warps and columns of 8 or a multiple of 16, got {self.num_warps} and {self.columns}")
         if self.columns % MMA_COLUMNS or not MMA_COLUMNS <= self.columns <= 128:
             raise ValueError(f"columns must be a multiple of {MMA_COLUMNS} from {MMA_COLUMNS} to 128, got {self.columns}")
         if self.splits < 1:
@@ -75,6 +79,11 @@ def dependent_launch(device: torch.device) -> bool:
 def warpgroup_products(device: torch.device) -> bool:
     """Whether tensor cores of the device take operands from shared memory, for four warps at a time."""
     return _hopper_or_newer(device)
+
+
+def ring_products(device: torch.device) -> bool:
+    """Whether groups of four warps multiply codes from registers with activations from shared memory (`wgmma`, sm_90 alone)."""
+    return _hopper_or_newer(device) and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def fp8_products(device: torch.device) -> bool:

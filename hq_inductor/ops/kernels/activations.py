@@ -4,7 +4,9 @@ Definition.  Per row m and tile t: `r = RHT(prologue(x) * pre_scale)` (`hq_induc
              times sqrt(3) at even places for a2, whose codes leave it out; `act_scale = max |r| / 127`, `q = round(r / act_scale)`,
              ties to even. A tile of zeros has scale 0.
 Storage.     `q`, int8 `[tiles * TILE / 64, M_PAD, 64]`: the 64 coefficients of a block stand as `[lane j][vector v % 2][8]`, so that one
-             16-byte load gives a thread its B operands of two MMAs. `act_scale`, fp32 `[tiles, M_PAD]`. Rows M to M_PAD are zeros.
+             16-byte load gives a thread its B operands of two MMAs; or for a ring `[M_PAD / RING, tiles * TILE / 16, RING, 16]`
+             (`hq_inductor.ops.kernels.warpgroup`): RING rows at a time, of each block of 32 coefficients the lower halves of the vectors,
+             then the upper ones. `act_scale`, fp32 `[tiles, M_PAD]`. Rows M to M_PAD are zeros.
              For products of large batches rows stand as they are: in a floating point dtype; as int8 with the same scales; or as e4m3 with
              one scale per row, `max_t |r_t| / 448`, |r_t| the Euclidean norm of a tile. No coefficient exceeds its tile's norm; the
              transform keeps the norm, so it is known before; and what it is above the largest coefficient (4 to 8 times) costs a
@@ -168,7 +170,7 @@ def rotate_quantize_kernel(
     norm_weight_ptr,  # [in_features], or anything if not HAS_WEIGHT; NORM_ROWS: rows stride_norm apart, one for period rows
     norm_bias_ptr,  # the same, or anything if not HAS_BIAS
     pre_scale_ptr,  # [in_features], or anything if not HAS_SCALE
-    q_ptr,  # [tiles * TILE / 64, M_PAD, 64] int8
+    q_ptr,  # [tiles * TILE / 64, M_PAD, 64] int8, or with RING [M_PAD / RING, tiles * TILE / 16, RING, 16]
     act_scale_ptr,  # [tiles, M_PAD] fp32
     counter_ptr,  # [counters] int32, set to zero for the kernel that follows
     M,
@@ -193,6 +195,7 @@ def rotate_quantize_kernel(
     LATTICE: tl.constexpr,
     ALIGNED: tl.constexpr,
     PDL: tl.constexpr,
+    RING: tl.constexpr,
 ):
     """Program (m, t): one tile of one row. A norm's statistics are taken anew by each: the row is in a cache near by."""
     if PDL:
@@ -246,8 +249,12 @@ def rotate_quantize_kernel(
     r = tl.where(m < M, r, 0.0)
     largest = tl.max(tl.max(tl.abs(r), 1), 0)
     q = round_to_even(r * tl.where(largest > 0, 127.0 / largest, 0.0)).to(tl.int8)
-    rest = column % 64
-    place = (column // 64).to(tl.int64) * M_PAD * 64 + m * 64 + (rest % 32) // 8 * 16 + rest // 32 * 8 + rest % 8
+    if RING > 0:
+        half = (column // 32 * 2 + column % 8 // 4).to(tl.int64) + (m // RING).to(tl.int64) * (tl.num_programs(1) * (TILE // 16))
+        place = half * (16 * RING) + (m % RING) * 16 + column % 32 // 8 * 4 + column % 4
+    else:
+        rest = column % 64
+        place = (column // 64).to(tl.int64) * M_PAD * 64 + m * 64 + (rest % 32) // 8 * 16 + rest // 32 * 8 + rest % 8
     tl.store(q_ptr + place, q, mask=inside)
     tl.store(act_scale_ptr + t * M_PAD + m, largest / 127.0)
 

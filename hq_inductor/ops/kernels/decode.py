@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 from .bits import INTERPRETED, shift_right
-from .linear import load_chunks, stage_stream, tile_offset
-from .shared import TABLE_BYTES, declare_shared, load_tables, wait_copies
+from .blocks import load_chunks, stage_stream, tile_offset
+from .shared import TABLE_BYTES, declare_shared, load_table, wait_copies
 from .tile import decode_vector, first_cursor, first_words, load_raw, next_quads, read_header, restore_signs, stream_word
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -238,16 +238,16 @@ def _decode_group(
 ):
     """Decode a group of both rows and store it."""
     first_u, second_u, x_u, first_v, second_v, x_v = cursors
-    stream_u, stream_v, address_u, address_v = streams
+    stream_u, stream_v = streams
     out_u, out_v, even_u, odd_u, even_v, odd_v, mask_u, mask_v = outs
     signs_u = restore_signs(raw_u, K, LATTICE)
     signs_v = restore_signs(raw_v, K, LATTICE)
     for v in tl.static_range(4):
         e0, e1, first_u, second_u, x_u = next_quads(
-            first_u, second_u, x_u, odd, stream_u, address_u, table_ptr, table_address, LENGTH_PLACE, STREAM, ROW_BYTES
+            first_u, second_u, x_u, odd, stream_u, table_ptr, table_address, LENGTH_PLACE, STREAM, ROW_BYTES
         )
         f0, f1, first_v, second_v, x_v = next_quads(
-            first_v, second_v, x_v, odd, stream_v, address_v, table_ptr, table_address, LENGTH_PLACE, STREAM, ROW_BYTES
+            first_v, second_v, x_v, odd, stream_v, table_ptr, table_address, LENGTH_PLACE, STREAM, ROW_BYTES
         )
         a0, a1 = decode_vector(e0, e1, v, signs_u, raw_u, K, SHIFT, LATTICE)
         b0, b1 = decode_vector(f0, f1, v, signs_v, raw_v, K, SHIFT, LATTICE)
@@ -259,7 +259,7 @@ def _decode_group(
 @triton.jit(do_not_specialize=["N", "tiles"])
 def decode_kernel(
     words_ptr,  # [N, tiles, WORDS] int32
-    table_ptr,  # [2, 4096] int32
+    table_ptr,  # [4096] int32
     row_scale_ptr,  # [N] fp32, written if ROW_SCALE
     out_ptr,  # [N, tiles * TILE]
     scale_ptr,  # [N, tiles] fp32 if CODES
@@ -286,6 +286,8 @@ def decode_kernel(
     GROUPS: tl.constexpr = TILE // 128
     CHUNKED: tl.constexpr = ALIGNED and LATTICE != "d4" and GROUPS <= 4 and K * GROUPS % 4 == 0
     FIRST: tl.constexpr = (K - 1) // 4 + 1
+    # of a warp: two buffers, used in turns
+    BUFFER: tl.constexpr = 16 * (ROW_BYTES + 8)
     thread = tl.arange(0, 32 * NUM_WARPS)
     lane = thread % 32
     warp = thread // 32
@@ -303,8 +305,8 @@ def decode_kernel(
     buffers = thread * 0
     if not _INTERPRETED:
         table_address = declare_shared(thread)
-        load_tables(table_ptr, table_address, thread, NUM_WARPS)
-        buffers = table_address + TABLE_BYTES + warp * (32 * ROW_BYTES)
+        load_table(table_ptr, table_address, thread, NUM_WARPS)
+        buffers = table_address + TABLE_BYTES + warp * (2 * BUFFER)
         if ROW_BYTES > 0:
             stage_stream(words_ptr, strip, first, N, tiles, lane, buffers, RAW, WORDS, ROW_BYTES, ALIGNED)
     next_u = words_ptr + tile_offset(strip, r, first, N, tiles, WORDS)
@@ -318,10 +320,8 @@ def decode_kernel(
     if not _INTERPRETED:
         wait_copies(lane)
         tl.debug_barrier()
-    row_address = r * ROW_BYTES
-    if ROW_BYTES > 0:
-        row_address = row_address ^ (r * 16 % ROW_BYTES)
-    address = buffers + row_address
+    bits_u = thread * 0
+    bits_v = bits_u
     divisor_u = tl.full([32 * NUM_WARPS], 1.0, tl.float32)
     divisor_v = divisor_u
     if ROW_SCALE:
@@ -335,24 +335,22 @@ def decode_kernel(
         tile_v = next_v
         next_u = words_ptr + tile_offset(strip, r, tl.minimum(t + 1, end - 1), N, tiles, WORDS)
         next_v = words_ptr + tile_offset(strip, r + 8, tl.minimum(t + 1, end - 1), N, tiles, WORDS)
-        address_u = address
-        address_v = address + 8 * ROW_BYTES
         if ROW_BYTES > 0:
             wait_copies(lane)
-            address = (((address - buffers) ^ (16 * ROW_BYTES)) + buffers).to(tl.int32)
-            stage_stream(
-                words_ptr, strip, tl.minimum(t + 1, end - 1), N, tiles, lane, address - row_address, RAW, WORDS, ROW_BYTES, ALIGNED
-            )
-        zero = thread * 0
-        scale_u, wall_u = read_header(stream_word(tile_u + RAW, address_u, zero, STREAM, ROW_BYTES), END, WALL_UNIT, 0)
-        scale_v, wall_v = read_header(stream_word(tile_v + RAW, address_v, zero, STREAM, ROW_BYTES), END, WALL_UNIT, 0)
+            turn = (t - first) & 1
+            bits_u = (buffers + (turn * BUFFER + r * (ROW_BYTES + 8))) * 8
+            bits_v = bits_u + 8 * 8 * (ROW_BYTES + 8)
+            ahead = buffers + (BUFFER - turn * BUFFER)
+            stage_stream(words_ptr, strip, tl.minimum(t + 1, end - 1), N, tiles, lane, ahead, RAW, WORDS, ROW_BYTES, ALIGNED)
+        scale_u, wall_u = read_header(stream_word(tile_u + RAW, bits_u, STREAM, ROW_BYTES), END, WALL_UNIT, 0)
+        scale_v, wall_v = read_header(stream_word(tile_v + RAW, bits_v, STREAM, ROW_BYTES), END, WALL_UNIT, 0)
         if CODES:
             tl.store(scale_ptr + row_u.to(tl.int64) * tiles + t, scale_u, mask=mask_u & (j == 0))
             tl.store(scale_ptr + row_v.to(tl.int64) * tiles + t, scale_v, mask=mask_v & (j == 0))
-        x_u = first_cursor(wall_u, j, END)
-        x_v = first_cursor(wall_v, j, END)
-        first_u, second_u = first_words(tile_u + RAW, address_u, x_u, odd, STREAM, ROW_BYTES)
-        first_v, second_v = first_words(tile_v + RAW, address_v, x_v, odd, STREAM, ROW_BYTES)
+        x_u = first_cursor(bits_u, wall_u, j, END)
+        x_v = first_cursor(bits_v, wall_v, j, END)
+        first_u, second_u = first_words(tile_u + RAW, x_u, STREAM, ROW_BYTES)
+        first_v, second_v = first_words(tile_v + RAW, x_v, STREAM, ROW_BYTES)
         cursors = (first_u, second_u, x_u, first_v, second_v, x_v)
         out_u = out_ptr + row_u.to(tl.int64) * (tiles * TILE) + t * TILE + 8 * j
         out_v = out_ptr + row_v.to(tl.int64) * (tiles * TILE) + t * TILE + 8 * j
@@ -364,7 +362,7 @@ def decode_kernel(
             even_u = odd_u * 1.7320508075688772
             even_v = odd_v * 1.7320508075688772
         outs = (out_u, out_v, even_u, odd_u, even_v, odd_v, mask_u, mask_v)
-        streams = (tile_u + RAW, tile_v + RAW, address_u, address_v)
+        streams = (tile_u + RAW, tile_v + RAW)
         if CHUNKED:
             words_u = ahead_u
             words_v = ahead_v

@@ -6,9 +6,6 @@ Storage.     Activations as `hq_inductor.ops.kernels.activations` writes them.
 Work.        A warp owns 16 rows of the weight, and decodes two vectors at a time, one of row r and one of row r + 8: together the A operand
              of one `mma.m16n8k32`, which every 8 columns of the batch then use. While it decodes a tile, the stream plane of the next one
              is on its way to shared memory, and the raw words of the next group to registers.
-             Tiles of a row may be split over several blocks: then parts go to memory, and the warp that finishes a row's last one adds
-             them up, in order: the result does not depend on who that is.
-             Up to four weights of one format share a launch: their rows follow each other in the output, each weight starts a block.
 """
 
 from __future__ import annotations
@@ -18,98 +15,14 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .bits import INTERPRETED
-from .memory import load_pair, load_uncached, load_where, store_where
-from .shared import TABLE_BYTES, commit_copies, copy_async_4, copy_async_16, declare_shared, load_tables, wait_copies
+from .blocks import finish, load_chunks, stage_stream, tile_offset, weight_of_block
+from .memory import load_16, load_global
+from .shared import TABLE_BYTES, declare_shared, load_table, wait_copies
 from .tile import decode_vector, first_cursor, first_words, load_raw, next_quads, read_header, restore_signs, stream_word
 from .warp import mma_s8
+from .warpgroup import fill, next_products, open_ring, products_wait, shared_base
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
-
-
-if INTERPRETED:
-
-    @triton.jit
-    def _count_in(pointer, lane, NUM_WARPS: tl.constexpr):
-        before = tl.atomic_add(pointer, 1, mask=lane == 0)
-        before = tl.max(tl.reshape(tl.where(lane == 0, before, 0), [NUM_WARPS, 32]), 1)
-        return tl.reshape(tl.broadcast_to(before[:, None], [NUM_WARPS, 32]), [32 * NUM_WARPS])
-
-    @triton.jit
-    def _load_16(pointer):
-        pointer = pointer.to(tl.pointer_type(tl.int32))
-        return tl.load(pointer), tl.load(pointer + 1), tl.load(pointer + 2), tl.load(pointer + 3)
-
-else:
-
-    @triton.jit
-    def _count_in(pointer, lane, NUM_WARPS: tl.constexpr):
-        """Add one to a counter, once per warp, after all the warp wrote; every thread gets the count before.
-
-        Release only: an acquire would throw the multiprocessor's whole L1 away each time. What the count guards is read from L2.
-        """
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .pred first; .reg .b32 before;
-            setp.eq.u32 first, $2, 0;
-            bar.warp.sync 0xffffffff;
-            @first atom.add.release.gpu.global.u32 before, [$1], 1;
-            bar.warp.sync 0xffffffff;
-            shfl.sync.idx.b32 $0, before, 0, 31, 0xffffffff;
-            }""",
-            "=r,l,r",
-            [pointer.to(tl.int64), lane],
-            tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-    @triton.jit
-    def _load_16(pointer):
-        return tl.inline_asm_elementwise(
-            "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];",
-            "=r,=r,=r,=r,l",
-            [pointer.to(tl.int64)],
-            (tl.int32, tl.int32, tl.int32, tl.int32),
-            is_pure=False,
-            pack=1,
-        )
-
-
-@triton.jit
-def tile_offset(strip, row, t, N, tiles, WORDS: tl.constexpr):
-    """Words before tile `t` of row `row` of a strip of 16, the nearest there is."""
-    return (tl.minimum(strip * 16 + row, N - 1) * tiles + tl.minimum(t, tiles - 1)) * WORDS
-
-
-@triton.jit
-def stage_stream(
-    words_ptr, strip, t, N, tiles, lane, address, RAW: tl.constexpr, WORDS: tl.constexpr, ROW_BYTES: tl.constexpr, ALIGNED: tl.constexpr
-):
-    """Start copying the stream planes of 16 rows' tile `t` to a buffer."""
-    STREAM: tl.constexpr = WORDS - RAW
-    if ALIGNED:
-        CHUNKS: tl.constexpr = STREAM // 4
-        for step in tl.static_range(0, (16 * CHUNKS + 31) // 32):
-            index = step * 32 + lane
-            # past the last row: the same bytes again
-            row = tl.minimum(index // CHUNKS, 15)
-            offset = 16 * (index % CHUNKS)
-            source = words_ptr + tile_offset(strip, row, t, N, tiles, WORDS) + (RAW + offset // 4)
-            copy_async_16(address + row * ROW_BYTES + (offset ^ (row * 16 % ROW_BYTES % 128)), source)
-    else:
-        word = tl.minimum(lane, STREAM - 1)
-        for row in tl.static_range(0, 16):
-            source = words_ptr + tile_offset(strip, row, t, N, tiles, WORDS) + (RAW + word)
-            copy_async_4(address + row * ROW_BYTES + ((4 * word) ^ (row * 16 % ROW_BYTES % 128)), source)
-    commit_copies(lane)
-
-
-@triton.jit
-def load_chunks(words, tile_ptr, j, FIRST: tl.constexpr, LAST: tl.constexpr):
-    """`words` and the raw words 4 FIRST to 4 LAST of lane `j`."""
-    for c in tl.static_range(FIRST, LAST):
-        words = words + _load_16(tile_ptr + 16 * c + 4 * j)
-    return words
 
 
 @triton.jit
@@ -118,14 +31,12 @@ def _multiply_group(
     raw_u,
     raw_v,
     cursors,
+    place,
+    source,
     odd,
     streams,
-    addresses,
     table_ptr,
     table_address,
-    x_ptr,
-    x_lane,
-    x_step,
     LATTICE: tl.constexpr,
     K: tl.constexpr,
     SHIFT: tl.constexpr,
@@ -134,27 +45,36 @@ def _multiply_group(
     ROW_BYTES: tl.constexpr,
     BLOCKS: tl.constexpr,
     NUM_WARPS: tl.constexpr,
+    STEPS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """Decode a group of both rows and add its products to `sums`."""
+    """Decode a group of both rows and add its products to `sums`; of a ring the last ones are left under way.
+
+    `source` is where activations come from: their pointer and the distance of two MMAs, with `place` the offset of the next ones; or, with
+    STAGES, what `next_products` takes.
+    """
     AHEAD: tl.constexpr = BLOCKS if BLOCKS <= 2 else 1
     first_u, second_u, x_u, first_v, second_v, x_v = cursors
     signs_u = restore_signs(raw_u, K, LATTICE)
     signs_v = restore_signs(raw_v, K, LATTICE)
     for v in tl.static_range(4):
-        if v % 2 == 0:
+        if STAGES == 0 and v % 2 == 0:
             # long before they are multiplied, as far as registers go
+            x_ptr = source[0] + place
             columns = ()
             for b in tl.static_range(AHEAD):
-                columns = columns + _load_16(x_ptr + x_lane + b * 512)
+                columns = columns + load_16(x_ptr + b * 512)
         e0, e1, first_u, second_u, x_u = next_quads(
-            first_u, second_u, x_u, odd, streams[0], addresses[0], table_ptr, table_address, LENGTH_PLACE, STREAM, ROW_BYTES
+            first_u, second_u, x_u, odd, streams[0], table_ptr, table_address, LENGTH_PLACE, STREAM, ROW_BYTES
         )
         f0, f1, first_v, second_v, x_v = next_quads(
-            first_v, second_v, x_v, odd, streams[1], addresses[1], table_ptr, table_address, LENGTH_PLACE, STREAM, ROW_BYTES
+            first_v, second_v, x_v, odd, streams[1], table_ptr, table_address, LENGTH_PLACE, STREAM, ROW_BYTES
         )
         a0, a2 = decode_vector(e0, e1, v, signs_u, raw_u, K, SHIFT, LATTICE)
         a1, a3 = decode_vector(f0, f1, v, signs_v, raw_v, K, SHIFT, LATTICE)
-        if v % 2 == 0:
+        if STAGES > 0:
+            sums, place = next_products(sums, a0, a1, a2, a3, place, source, v % STEPS, 8 * BLOCKS, STEPS, STAGES, NUM_WARPS)
+        elif v % 2 == 0:
             held0 = a0
             held1 = a1
             held2 = a2
@@ -165,27 +85,21 @@ def _multiply_group(
                 if b < AHEAD:
                     b0, b1, b2, b3 = columns[4 * b], columns[4 * b + 1], columns[4 * b + 2], columns[4 * b + 3]
                 else:
-                    b0, b1, b2, b3 = _load_16(x_ptr + x_lane + b * 512)
+                    b0, b1, b2, b3 = load_16(x_ptr + b * 512)
                 s0, s1, s2, s3 = sums[4 * b], sums[4 * b + 1], sums[4 * b + 2], sums[4 * b + 3]
                 s0, s1, s2, s3 = mma_s8(s0, s1, s2, s3, held0, held1, held2, held3, b0, b1, NUM_WARPS)
                 updated = updated + mma_s8(s0, s1, s2, s3, a0, a1, a2, a3, b2, b3, NUM_WARPS)
             sums = updated
-            x_lane += x_step
-    return sums, (first_u, second_u, x_u, first_v, second_v, x_v), x_lane
-
-
-@triton.jit
-def _select(condition, a, b):
-    """Scalar choice of two pointers of one type."""
-    return tl.where(condition, a.to(tl.int64), b.to(tl.int64)).to(a.dtype)
+            place += source[1]
+    return sums, (first_u, second_u, x_u, first_v, second_v, x_v), place
 
 
 # one binary for all sizes
 @triton.jit(do_not_specialize=["M", "M_PAD", "N", "N1", "N2", "N3", "tiles"])
 def linear_kernel(
     words_ptr,  # [N, tiles, WORDS] int32
-    table_ptr,  # [2, 4096] int32
-    x_ptr,  # [tiles * TILE / 64, M_PAD, 64] int8
+    table_ptr,  # [4096] int32
+    x_ptr,  # [tiles * TILE / 64, M_PAD, 64] int8, or with STAGES [M_PAD / COLUMNS, tiles * TILE / 16, COLUMNS, 16]
     act_scale_ptr,  # [tiles, M_PAD] fp32
     bias_ptr,  # [N], or anything if not HAS_BIAS
     out_ptr,  # [M, N + N1 + N2 + N3]
@@ -224,6 +138,8 @@ def linear_kernel(
     SIBLINGS: tl.constexpr,
     NUM_WARPS: tl.constexpr,
     PDL: tl.constexpr,
+    STEPS: tl.constexpr,  # with STAGES: steps of 32 coefficients per chunk
+    STAGES: tl.constexpr,  # chunks in the ring; 0: no ring, activations through the L1
 ):
     """Program (i, p, c): rows 16 NUM_WARPS i on, part p of the tiles, batch columns COLUMNS c on."""
     STREAM: tl.constexpr = WORDS - RAW
@@ -234,38 +150,22 @@ def linear_kernel(
     CHUNKED: tl.constexpr = ALIGNED and LATTICE != "d4" and GROUPS <= 4 and K * GROUPS % 4 == 0
     FIRST: tl.constexpr = (K - 1) // 4 + 1  # 16-byte loads that the first group needs
 
-    # the weight of this block, its first block, and the output column of its first row
-    block = tl.program_id(0)
-    total = N
-    column = 0
-    if SIBLINGS > 1:
-        rows = N
-        total = N + N1
-        blocks = (N + 16 * NUM_WARPS - 1) // (16 * NUM_WARPS)
-        other = block >= blocks
-        block = tl.where(other, block - blocks, block)
-        column = tl.where(other, rows, column)
-        words_ptr = _select(other, words1_ptr, words_ptr)
-        bias_ptr = _select(other, bias1_ptr, bias_ptr)
-        N = tl.where(other, N1, N)
-        if SIBLINGS > 2:
-            total += N2
-            blocks = (N1 + 16 * NUM_WARPS - 1) // (16 * NUM_WARPS)
-            other = other & (block >= blocks)
-            block = tl.where(other, block - blocks, block)
-            column = tl.where(other, column + N1, column)
-            words_ptr = _select(other, words2_ptr, words_ptr)
-            bias_ptr = _select(other, bias2_ptr, bias_ptr)
-            N = tl.where(other, N2, N)
-        if SIBLINGS > 3:
-            total += N3
-            blocks = (N2 + 16 * NUM_WARPS - 1) // (16 * NUM_WARPS)
-            other = other & (block >= blocks)
-            block = tl.where(other, block - blocks, block)
-            column = tl.where(other, column + N2, column)
-            words_ptr = _select(other, words3_ptr, words_ptr)
-            bias_ptr = _select(other, bias3_ptr, bias_ptr)
-            N = tl.where(other, N3, N)
+    words_ptr, bias_ptr, N, block, column, total = weight_of_block(
+        words_ptr,
+        words1_ptr,
+        words2_ptr,
+        words3_ptr,
+        bias_ptr,
+        bias1_ptr,
+        bias2_ptr,
+        bias3_ptr,
+        N,
+        N1,
+        N2,
+        N3,
+        SIBLINGS,
+        NUM_WARPS,
+    )
     part = tl.program_id(1)
     m0 = tl.program_id(2) * COLUMNS
     thread = tl.arange(0, 32 * NUM_WARPS)
@@ -282,12 +182,21 @@ def linear_kernel(
     # offsets of 32 bits from here on, where registers are dear: a weight has less than 2^31 words
     x_step = M_PAD * 64
     x_row = (m0 + r) * 64 + j * 16
+    # of a warp: two buffers, used in turns
+    BUFFER: tl.constexpr = 16 * (ROW_BYTES + 8)
+    CHUNK: tl.constexpr = 32 * STEPS * COLUMNS
     table_address = thread * 0
     buffers = thread * 0
+    slots = 0
+    barriers = 0
     if not _INTERPRETED:
         table_address = declare_shared(thread)
-        load_tables(table_ptr, table_address, thread, NUM_WARPS)
-        buffers = table_address + TABLE_BYTES + warp * (32 * ROW_BYTES)
+        load_table(table_ptr, table_address, thread, NUM_WARPS)
+        buffers = table_address + TABLE_BYTES + warp * (2 * BUFFER)
+        if STAGES > 0:
+            slots = shared_base(part) + (TABLE_BYTES + NUM_WARPS * 2 * (BUFFER if ROW_BYTES > 0 else 0))
+            barriers = slots + STAGES * CHUNK
+            open_ring(barriers, thread, STAGES, NUM_WARPS)
         if ROW_BYTES > 0:
             stage_stream(words_ptr, strip, first_tile, N, tiles, lane, buffers, RAW, WORDS, ROW_BYTES, ALIGNED)
     tile_u = tile_offset(strip, r, first_tile, N, tiles, WORDS)
@@ -304,36 +213,45 @@ def linear_kernel(
     if PDL:
         # all above reads only constants, and may run while the kernel before, which writes the activations, still does
         gdc_wait()
-    row_address = r * ROW_BYTES
-    if ROW_BYTES > 0:
-        row_address = row_address ^ (r * 16 % ROW_BYTES)
-    # in turns of two buffers
-    address = buffers + row_address
+    place = x_row
+    source = (x_ptr, x_step)
+    if STAGES > 0:
+        x_ptr += (tl.program_id(2) * tiles + first_tile).to(tl.int64) * (TILE * COLUMNS)
+        chunks = (last_tile - first_tile) * (TILE // (32 * STEPS))
+        place = (0, 0, 0, 0, 0, 0, 0)
+        source = (x_ptr, slots, barriers, chunks, thread, lane)
+        for stage in tl.static_range(STAGES):
+            fill(thread + tl.where(stage < chunks, 0, 256), barriers + 8 * stage, slots + CHUNK * stage, x_ptr + CHUNK * stage, CHUNK)
+    # bits before the rows' stream planes: in shared memory, or of a plane by itself
+    bits_u = thread * 0
+    bits_v = bits_u
 
     totals = ()
     for _ in tl.static_range(4 * BLOCKS):
         totals = totals + (tl.zeros([32 * NUM_WARPS], tl.float32),)
     for t in range(first_tile, last_tile):
         streams = (words_ptr + tile_u + RAW, words_ptr + tile_v + RAW)
-        addresses = (address, address + 8 * ROW_BYTES)
         if ROW_BYTES > 0:
             wait_copies(lane)
-            address = (((address - buffers) ^ (16 * ROW_BYTES)) + buffers).to(tl.int32)
-            stage_stream(words_ptr, strip, t + 1, N, tiles, lane, address - row_address, RAW, WORDS, ROW_BYTES, ALIGNED)
+            turn = (t - first_tile) & 1
+            bits_u = (buffers + (turn * BUFFER + r * (ROW_BYTES + 8))) * 8
+            bits_v = bits_u + 8 * 8 * (ROW_BYTES + 8)
+            stage_stream(words_ptr, strip, t + 1, N, tiles, lane, buffers + (BUFFER - turn * BUFFER), RAW, WORDS, ROW_BYTES, ALIGNED)
         column_ptr = act_scale_ptr + t * M_PAD + m0 + 2 * j
         column_scales = ()
         if BLOCKS <= 2:
             # under way long before the end of the tile, as far as registers go
             for b in tl.static_range(BLOCKS):
-                column_scales = column_scales + load_pair(column_ptr + 8 * b)
-        scale_u, wall_u = read_header(stream_word(streams[0], addresses[0], thread * 0, STREAM, ROW_BYTES), END, WALL_UNIT, GAIN)
-        scale_v, wall_v = read_header(stream_word(streams[1], addresses[1], thread * 0, STREAM, ROW_BYTES), END, WALL_UNIT, GAIN)
-        x_u = first_cursor(wall_u, j, END)
-        x_v = first_cursor(wall_v, j, END)
-        first_u, second_u = first_words(streams[0], addresses[0], x_u, odd, STREAM, ROW_BYTES)
-        first_v, second_v = first_words(streams[1], addresses[1], x_v, odd, STREAM, ROW_BYTES)
+                column_scales = column_scales + (load_global(column_ptr + 8 * b), load_global(column_ptr + 8 * b + 1))
+        scale_u, wall_u = read_header(stream_word(streams[0], bits_u, STREAM, ROW_BYTES), END, WALL_UNIT, GAIN)
+        scale_v, wall_v = read_header(stream_word(streams[1], bits_v, STREAM, ROW_BYTES), END, WALL_UNIT, GAIN)
+        x_u = first_cursor(bits_u, wall_u, j, END)
+        x_v = first_cursor(bits_v, wall_v, j, END)
+        first_u, second_u = first_words(streams[0], x_u, STREAM, ROW_BYTES)
+        first_v, second_v = first_words(streams[1], x_v, STREAM, ROW_BYTES)
         cursors = (first_u, second_u, x_u, first_v, second_v, x_v)
-        x_lane = x_row + (t * (TILE // 64)) * x_step
+        if STAGES == 0:
+            place = x_row + (t * (TILE // 64)) * x_step
 
         sums = ()
         for _ in tl.static_range(4 * BLOCKS):
@@ -356,19 +274,17 @@ def linear_kernel(
                 for w in tl.static_range(K):
                     raw_u = raw_u + (words_u[K * g + w],)
                     raw_v = raw_v + (words_v[K * g + w],)
-                sums, cursors, x_lane = _multiply_group(
+                sums, cursors, place = _multiply_group(
                     sums,
                     raw_u,
                     raw_v,
                     cursors,
+                    place,
+                    source,
                     odd,
                     streams,
-                    addresses,
                     table_ptr,
                     table_address,
-                    x_ptr,
-                    x_lane,
-                    x_step,
                     LATTICE,
                     K,
                     SHIFT,
@@ -377,6 +293,8 @@ def linear_kernel(
                     ROW_BYTES,
                     BLOCKS,
                     NUM_WARPS,
+                    STEPS,
+                    STAGES,
                 )
         else:
             next_u = tile_offset(strip, r, t + 1, N, tiles, WORDS)
@@ -387,19 +305,17 @@ def linear_kernel(
                 g_next = (g + 1) % GROUPS
                 ahead_u = load_raw(words_ptr + tl.where(g + 1 < GROUPS, tile_u, next_u), g_next, j, K, LATTICE, GROUPS)
                 ahead_v = load_raw(words_ptr + tl.where(g + 1 < GROUPS, tile_v, next_v), g_next, j, K, LATTICE, GROUPS)
-                sums, cursors, x_lane = _multiply_group(
+                sums, cursors, place = _multiply_group(
                     sums,
                     raw_u,
                     raw_v,
                     cursors,
+                    place,
+                    source,
                     odd,
                     streams,
-                    addresses,
                     table_ptr,
                     table_address,
-                    x_ptr,
-                    x_lane,
-                    x_step,
                     LATTICE,
                     K,
                     SHIFT,
@@ -408,11 +324,15 @@ def linear_kernel(
                     ROW_BYTES,
                     BLOCKS,
                     NUM_WARPS,
+                    STEPS,
+                    STAGES,
                 )
 
+        if STAGES > 0:
+            sums = products_wait(sums, COLUMNS)
         if BLOCKS > 2:
             for b in tl.static_range(BLOCKS):
-                column_scales = column_scales + load_pair(column_ptr + 8 * b)
+                column_scales = column_scales + (load_global(column_ptr + 8 * b), load_global(column_ptr + 8 * b + 1))
         updated_totals = ()
         for b in tl.static_range(BLOCKS):
             s0 = column_scales[2 * b]
@@ -430,30 +350,27 @@ def linear_kernel(
     if PDL:
         # not before: what starts early takes its place among the blocks of this kernel that still wait for theirs
         gdc_launch_dependents()
-    row_u = strip * 16 + r
-    row_v = row_u + 8
-    mine = row_u - r < N
-    if SPLIT:
-        for b in tl.static_range(BLOCKS):
-            for i in tl.static_range(4):
-                row = row_u if i < 2 else row_v
-                m = m0 + 8 * b + 2 * j + i % 2
-                store_where(partial_ptr + (part * M_PAD + m).to(tl.int64) * total + (column + row), totals[4 * b + i], row < N)
-        # strips beyond the last row count too, in counters of their own
-        counter = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * NUM_WARPS + warp
-        mine = mine & (_count_in(counter_ptr + counter, lane, NUM_WARPS) == splits - 1)
-    for b in tl.static_range(BLOCKS):
-        for i in tl.static_range(4):
-            row = row_u if i < 2 else row_v
-            m = m0 + 8 * b + 2 * j + i % 2
-            mask = mine & (row < N) & (m < M)
-            value = totals[4 * b + i]
-            if SPLIT:
-                value = tl.zeros([32 * NUM_WARPS], tl.float32)
-                for s in range(splits):
-                    value += load_uncached(partial_ptr + (s * M_PAD + m).to(tl.int64) * total + (column + row), mask)
-            if HAS_BIAS:
-                value += load_where(bias_ptr + row, mask).to(tl.float32)
-            if HAS_RESIDUAL:
-                value += load_where(residual_ptr + m.to(tl.int64) * stride_residual + (column + row), mask).to(tl.float32)
-            store_where(out_ptr + m.to(tl.int64) * total + (column + row), value.to(out_ptr.dtype.element_ty), mask)
+    finish(
+        totals,
+        strip,
+        column,
+        part,
+        m0,
+        M,
+        M_PAD,
+        N,
+        total,
+        lane,
+        warp,
+        bias_ptr,
+        residual_ptr,
+        stride_residual,
+        out_ptr,
+        partial_ptr,
+        counter_ptr,
+        BLOCKS,
+        SPLIT,
+        HAS_BIAS,
+        HAS_RESIDUAL,
+        NUM_WARPS,
+    )

@@ -1,13 +1,13 @@
-"""Shared memory of one thread block, by inline PTX: the decoding tables, and two buffers per warp for stream planes on their way in.
+"""Shared memory of one thread block, by inline PTX: the decoding table, and two buffers per warp for stream planes on their way in.
 
 Triton allocates shared memory only for its own conversions, and has no gather from it. Layout, in bytes:
 
-    0 .. 32 KiB                  the decoding tables, `[2, 4096]` int32: forwards, backwards
-    32 KiB + 32 ROW_BYTES w      warp w: two buffers of 16 rows of ROW_BYTES (64 or 128); word i of row r at
-                                 `ROW_BYTES r + ((4 i) ^ (16 (r % 8)) % ROW_BYTES)`, which spreads the rows over the banks
+    0 .. 16 KiB                     the decoding table, `[4096]` int32
+    16 KiB + 32 (ROW_BYTES + 8) w   warp w: two buffers of 16 rows, ROW_BYTES (64 or 128) and 8 apart, which spreads rows over the banks
+    after that                      what else a kernel wants (`hq_inductor.ops.kernels.warpgroup`); at least OVERRUN
 
-Addresses are `base | offset` with the offset masked, so that no bits read from a tile can lead out of a buffer. 48 KiB are the most that
-a kernel may declare statically: 8 warps with rows of 64 bytes, 4 with rows of 128.
+A decoder that corrupt words lead astray reads up to OVERRUN bytes before or after a row: other rows, the table, or what comes after; never
+outside. 48 KiB are the most that a kernel may declare statically.
 """
 
 from __future__ import annotations
@@ -17,7 +17,20 @@ import triton.language as tl
 
 from .bits import INTERPRETED
 
-TABLE_BYTES = tl.constexpr(32768)
+TABLE_BYTES = tl.constexpr(16384)
+SHARED_BYTES = tl.constexpr(49152)
+# a tile has at most 48 vectors per lane, of at most 31 bits each; the window and what is left of a word
+OVERRUN = 48 * 31 // 8 + 8
+
+
+def buffer_bytes(row_bytes: int) -> int:
+    """Bytes of a warp's two buffers."""
+    return 32 * (row_bytes + 8) if row_bytes else 0
+
+
+def most_warps(row_bytes: int) -> int:
+    """Warps per block that shared memory has buffers for."""
+    return 8 if TABLE_BYTES.value + 8 * buffer_bytes(row_bytes) + OVERRUN <= SHARED_BYTES.value else 4
 
 
 def row_bytes(stream_words: int) -> int:
@@ -53,6 +66,11 @@ if INTERPRETED:
     @triton.jit
     def copy_async_16(address, pointer):
         for i in tl.static_range(4):
+            store_shared(address + 4 * i, tl.load(pointer + i))
+
+    @triton.jit
+    def copy_async_8(address, pointer):
+        for i in tl.static_range(2):
             store_shared(address + 4 * i, tl.load(pointer + i))
 
     @triton.jit
@@ -96,6 +114,18 @@ else:
         )
 
     @triton.jit
+    def copy_async_8(address, pointer):
+        """Start to copy 8 bytes from global `pointer` (8-byte aligned) to shared `address`."""
+        tl.inline_asm_elementwise(
+            "cp.async.ca.shared.global [$1], [$2], 8; mov.u32 $0, $1;",
+            "=r,r,l",
+            [address, pointer.to(tl.int64)],
+            tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+    @triton.jit
     def copy_async_4(address, pointer):
         """Start to copy 4 bytes from global `pointer` to shared `address`."""
         tl.inline_asm_elementwise(
@@ -128,8 +158,19 @@ else:
 
 
 @triton.jit
-def load_tables(table_ptr, address, thread, NUM_WARPS: tl.constexpr):
-    """Start copying both decoding tables to shared memory."""
-    for step in tl.static_range(0, 8192 // (4 * 32 * NUM_WARPS)):
+def _load_words(pointer, address, thread, COUNT: tl.constexpr, NUM_WARPS: tl.constexpr):
+    for step in tl.static_range(0, COUNT // (4 * 32 * NUM_WARPS)):
         index = (step * 32 * NUM_WARPS + thread) * 4
-        copy_async_16(address + index * 4, table_ptr + index)
+        copy_async_16(address + index * 4, pointer + index)
+
+
+@triton.jit
+def load_table(table_ptr, address, thread, NUM_WARPS: tl.constexpr):
+    """Start copying the decoding table to shared memory."""
+    _load_words(table_ptr, address, thread, 4096, NUM_WARPS)
+
+
+@triton.jit
+def load_tables(table_ptr, address, thread, NUM_WARPS: tl.constexpr):
+    """Start copying the tables of both directions to shared memory."""
+    _load_words(table_ptr, address, thread, 8192, NUM_WARPS)

@@ -3,10 +3,10 @@
 Thread 4 r + j of a warp reads lane j of row r. A vector comes out as two int32 of four int8 codes, which is what the thread holds of an
 `m16n8k32` int8 operand; the codes are `codes << GAIN`, GAIN = SHIFT - TileLayout.shift.
 
-Even lanes read forwards, odd ones backwards, by the same instructions: a window is 32 bits of the stream in storage order, with a lane's
-next bits at its top or its bottom. Rotated by a constant of the lane they come to bits 2 to 13, a byte offset into the lane's table; and
-rotated on by the length of the code, the next ones do. A cursor is the position of the window's first bit, plus 32 in even lanes; so bits 5
-and up always number the word that the lane comes to next.
+Even lanes read forwards, odd ones backwards: of theirs the window, 32 bits of the stream, is turned round. Rotated by 14 its first bits
+come to bits 2 to 13, a byte offset into the table; rotated on by the length of the code, the next ones do. A cursor is the position of the
+window's first bit in storage order. Where the stream plane has a copy in shared memory, positions count from the start of that, and none
+is checked: a lane moves less than 32 bits per vector whatever the words hold, so it stays within `OVERRUN` bytes of the plane.
 
 Cost.  With all that the linear kernel adds, 43 instructions per vector, 28 of them on the integer pipe (E8, k = 3, sm_90, by ncu, before
        signs were spread by products: in the SASS these take 1 and 1.5 away), and two dependent table look-ups.
@@ -17,8 +17,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .bits import INTERPRETED, and_xor, funnel_left, parity, rotate_left, shift_right, spread_sign, spread_signs
-from .memory import load_word
+from .bits import INTERPRETED, and_xor, funnel_left, parity, reverse_bits, rotate_left, shift_right, spread_sign, spread_signs
+from .memory import load_global
 from .shared import load_shared
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -38,7 +38,7 @@ def load_raw_word(tile_ptr, i, j, COUNT: tl.constexpr):
     REST: tl.constexpr = COUNT % 4
     FULL: tl.constexpr = COUNT - REST
     place = tl.where(i < FULL, (i // 4) * 16 + j * 4, 4 * FULL + REST * j) + i % 4
-    return load_word(tile_ptr + place)
+    return load_global(tile_ptr + place)
 
 
 @triton.jit
@@ -47,14 +47,14 @@ def load_raw(tile_ptr, g, j, K: tl.constexpr, LATTICE: tl.constexpr, GROUPS: tl.
     words = ()
     if LATTICE == "d4":
         group_ptr = tile_ptr + g * (4 * K - 1)
-        s0 = load_word(group_ptr)
-        s1 = load_word(group_ptr + K)
-        s2 = load_word(group_ptr + 2 * K)
+        s0 = load_global(group_ptr)
+        s1 = load_global(group_ptr + K)
+        s2 = load_global(group_ptr + 2 * K)
         last = (shift_right(s0, 24)) | (shift_right(s1, 24) << 8) | (shift_right(s2, 24) << 16)
         own = tl.where(j == 0, s0, tl.where(j == 1, s1, s2)) & 0xFFFFFF
         words = words + (tl.where(j == 3, last, own),)
         for w in tl.static_range(1, K):
-            words = words + (load_word(group_ptr + j * K + w - tl.where(j == 3, 1, 0)),)
+            words = words + (load_global(group_ptr + j * K + w - tl.where(j == 3, 1, 0)),)
     else:
         for w in tl.static_range(K):
             words = words + (load_raw_word(tile_ptr, g * K + w, j, K * GROUPS),)
@@ -82,77 +82,77 @@ def restore_signs(raw, K: tl.constexpr, LATTICE: tl.constexpr):
 
 
 @triton.jit
-def first_cursor(wall, j, END: tl.constexpr):
-    """Cursor of each lane before its first code: the window's first bit, plus 32 in even lanes."""
-    left = tl.where(j == 0, 16 + 32, wall - 32)
-    right = tl.where(j == 2, wall + 32, END - 32)
-    return tl.where(j < 2, left, right)
+def first_cursor(row, wall, j, END: tl.constexpr):
+    """Cursor of each lane before its first code; `row` is the number of bits before the plane."""
+    left = tl.where(j == 0, 16, wall - 32)
+    right = tl.where(j == 2, wall, END - 32)
+    return row + tl.where(j < 2, left, right)
 
 
 @triton.jit
-def stream_word(stream_ptr, row_address, x, STREAM: tl.constexpr, ROW_BYTES: tl.constexpr):
-    """Word `x >> 5` of the stream plane, from its copy in shared memory if there is one (ROW_BYTES > 0)."""
+def stream_word(stream_ptr, x, STREAM: tl.constexpr, ROW_BYTES: tl.constexpr):
+    """Word `x >> 5` of shared memory, or of the stream plane if it has no copy there (ROW_BYTES is 0), where it is in bounds."""
     if ROW_BYTES > 0:
-        return load_shared(((x >> 3) & (ROW_BYTES - 4)) ^ row_address)
+        return load_shared((x >> 5) << 2)
     else:
-        return load_word(stream_ptr + tl.minimum(tl.maximum(x >> 5, 0), STREAM - 1))
+        return load_global(stream_ptr + tl.minimum(tl.maximum(x >> 5, 0), STREAM - 1))
 
 
 @triton.jit
-def first_words(stream_ptr, row_address, x, odd, STREAM: tl.constexpr, ROW_BYTES: tl.constexpr):
-    """The two words that the first window lies in."""
-    begin = x - 32 + 32 * odd
-    first = stream_word(stream_ptr, row_address, begin, STREAM, ROW_BYTES)
-    return first, stream_word(stream_ptr, row_address, begin + 32, STREAM, ROW_BYTES)
+def first_words(stream_ptr, x, STREAM: tl.constexpr, ROW_BYTES: tl.constexpr):
+    """The two words that the window lies in."""
+    return stream_word(stream_ptr, x, STREAM, ROW_BYTES), stream_word(stream_ptr, x + 32, STREAM, ROW_BYTES)
 
 
 if INTERPRETED:
 
     @triton.jit
-    def look_up(table_ptr, table_address, window, odd):
-        return tl.load(table_ptr + (shift_right(window, 2) & 0xFFF) + odd * 4096)
+    def _forwards(window, odd):
+        return tl.where(odd != 0, reverse_bits(window), window)
 
     @triton.jit
-    def _advance(first, second, before, after, odd, stream_ptr, row_address, STREAM: tl.constexpr, ROW_BYTES: tl.constexpr):
-        moved = ((before ^ after) & 32) != 0
-        word = stream_word(stream_ptr, row_address, after, STREAM, ROW_BYTES)
-        return tl.where(moved, tl.where(odd != 0, word, second), first), tl.where(moved, tl.where(odd != 0, first, word), second)
+    def _look_up(table_ptr, table_address, window):
+        return tl.load(table_ptr + (shift_right(window, 2) & 0xFFF))
 
 else:
 
     @triton.jit
-    def look_up(table_ptr, table_address, window, odd):
-        """Entry of the code at bits 2 to 13 of `window`. `odd` is 0 or 1."""
-        return load_shared(((window & 0x3FFC) | (odd << 14)) + table_address)
+    def _forwards(window, odd):
+        """Bits of an odd lane in the order in which it reads."""
+        # chosen by a mask: of a predicated brev the assembler makes three instructions
+        return tl.inline_asm_elementwise(
+            "{.reg .b32 t; brev.b32 t, $1; lop3.b32 $0, $1, t, $2, 0xd8;}", "=r,r,r", [window, -odd], tl.int32, is_pure=True, pack=1
+        )
 
     @triton.jit
-    def _advance(first, second, before, after, odd, stream_ptr, row_address, STREAM: tl.constexpr, ROW_BYTES: tl.constexpr):
-        """Shift the window's words and fetch one where the cursor came to another word."""
-        if ROW_BYTES > 0:
-            address = ((after >> 3) & (ROW_BYTES - 4)) ^ row_address
-            return tl.inline_asm_elementwise(
-                """{
-                .reg .pred up, down; .reg .b32 moved, mine;
-                xor.b32 moved, $2, $3;
-                and.b32 mine, moved, $4;
-                setp.ne.u32 up, mine, 0;
-                and.b32 mine, moved, $5;
-                setp.ne.u32 down, mine, 0;
-                @up mov.b32 $0, $1;
-                @up ld.shared.b32 $1, [$6];
-                @down mov.b32 $1, $0;
-                @down ld.shared.b32 $0, [$6];
-                }""",
-                "=r,=r,r,r,r,r,r,0,1",
-                [before, after, (1 - odd) * 32, odd * 32, address, first, second],
-                (tl.int32, tl.int32),
-                is_pure=False,
-                pack=1,
-            )
-        else:
-            moved = ((before ^ after) & 32) != 0
-            word = stream_word(stream_ptr, row_address, after, STREAM, ROW_BYTES)
-            return tl.where(moved, tl.where(odd != 0, word, second), first), tl.where(moved, tl.where(odd != 0, first, word), second)
+    def _look_up(table_ptr, table_address, window):
+        """Entry of the code at bits 2 to 13 of `window`."""
+        return load_shared((window & 0x3FFC) + table_address)
+
+
+@triton.jit
+def _advance(first, second, before, after, stream_ptr, STREAM: tl.constexpr, ROW_BYTES: tl.constexpr):
+    """The window's words after the cursor moved: others where it came to another word."""
+    if ROW_BYTES > 0:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .pred moved; .reg .b32 t;
+            xor.b32 t, $2, $3;
+            and.b32 t, t, 32;
+            setp.ne.u32 moved, t, 0;
+            @moved ld.shared.b32 $0, [$4];
+            @moved ld.shared.b32 $1, [$4+4];
+            }""",
+            "=r,=r,r,r,r,0,1",
+            [before, after, (after >> 5) << 2, first, second],
+            (tl.int32, tl.int32),
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        moved = ((before ^ after) & 32) != 0
+        new_first, new_second = first_words(stream_ptr, after, STREAM, ROW_BYTES)
+        return tl.where(moved, new_first, first), tl.where(moved, new_second, second)
 
 
 @triton.jit
@@ -162,7 +162,6 @@ def next_quads(
     x,
     odd,
     stream_ptr,
-    row_address,
     table_ptr,
     table_address,
     LENGTH_PLACE: tl.constexpr,
@@ -170,13 +169,12 @@ def next_quads(
     ROW_BYTES: tl.constexpr,
 ):
     """Table entries of the lane's next vector; returns them and the window's words and cursor after it. `odd` is 0 or 1."""
-    window = rotate_left(funnel_left(first, second, x), 14 - 12 * odd)
-    entry0 = look_up(table_ptr, table_address, window, odd)
+    window = rotate_left(_forwards(funnel_left(first, second, x), odd), odd * 0 + 14)
+    entry0 = _look_up(table_ptr, table_address, window)
     length0 = shift_right(entry0, LENGTH_PLACE)
-    entry1 = look_up(table_ptr, table_address, rotate_left(window, length0), odd)
-    # backwards lengths are 32 less; the sum is less than 32 either way
-    after = x + ((length0 + shift_right(entry1, LENGTH_PLACE)) & 31) - 32 * odd
-    first, second = _advance(first, second, x, after, odd, stream_ptr, row_address, STREAM, ROW_BYTES)
+    entry1 = _look_up(table_ptr, table_address, rotate_left(window, length0))
+    after = x + ((length0 + shift_right(entry1, LENGTH_PLACE)) & 31) * (1 - 2 * odd)
+    first, second = _advance(first, second, x, after, stream_ptr, STREAM, ROW_BYTES)
     return entry0, entry1, first, second, after
 
 

@@ -32,12 +32,19 @@ CASES = [
     ("d4", 4.0, 20, 256, 128, 2, LinearLaunch(8, 2, 1)),
     ("a2", 3.0, 20, 384, None, 2, LinearLaunch(8, 1, 1)),
     ("z", 3.0, 20, 256, None, 2, LinearLaunch(8, 1, 1)),
+    ("e8", 4.0, 70, 512, 128, 3, LinearLaunch(8, 2, 4, ring=True)),
+    ("e8", 3.5, 20, 256, None, 18, LinearLaunch(16, 1, 4, ring=True)),
+    ("d4", 3.0, 20, 256, 128, 2, LinearLaunch(8, 1, 4, ring=True)),
 ]
 
 
-def unpack(q: torch.Tensor, scale: torch.Tensor, tile: int) -> torch.Tensor:
+def unpack(q: torch.Tensor, scale: torch.Tensor, tile: int, ring: bool) -> torch.Tensor:
     """Rotated activations `[padded, K]` in fp64 from the kernel's order."""
-    padded = q.shape[1]
+    padded = scale.shape[1]
+    if ring:  # [blocks of rows, blocks of 32, half, row, lane, 4]
+        columns = q.shape[2]
+        rows = q.view(padded // columns, -1, 2, columns, 4, 4).permute(0, 3, 1, 4, 2, 5).reshape(padded, -1)
+        return rows.double() * scale.double().t().repeat_interleave(tile, 1)
     rows = q.view(-1, padded, 4, 2, 8).permute(1, 0, 3, 2, 4).reshape(padded, -1)
     return rows.double() * scale.double().t().repeat_interleave(tile, 1)
 
@@ -52,14 +59,14 @@ def check_case(lattice: str, bps: float, rows: int, columns: int, tile: int | No
     bias = torch.randn(rows).to(torch.float16)
 
     padded = -(-batch // launch.columns) * launch.columns
-    q, scale, counters = rotate_quantize(x, pre_scale, layout, tiles, 3, padded, 5)
+    q, scale, counters = rotate_quantize(x, pre_scale, layout, tiles, 3, padded, 5, ring=launch.columns if launch.ring else 0)
     assert (counters == 0).all()
     rotated = hadamard_ref(x.double() * (1 if pre_scale is None else pre_scale.double()), hadamard_block(layout.tile), 3)
     plain, _ = rotate(x, pre_scale, layout, tiles, 3, torch.float32)
     torch.testing.assert_close(plain.double(), rotated, rtol=1e-5, atol=1e-5)
     if lattice == "a2":
         rotated *= embed(torch.ones(1, columns, dtype=torch.int8), "a2", torch.float64)
-    found = unpack(q, scale, layout.tile)
+    found = unpack(q, scale, layout.tile, launch.ring)
     step = scale.double().t().repeat_interleave(layout.tile, 1)
     assert ((found[:batch] - rotated).abs() <= (0.5 + 1e-4) * step[:batch] + 1e-5).all()
     assert (found[batch:] == 0).all()

@@ -48,7 +48,7 @@ def check(name: str, features: int, dtype: torch.dtype) -> None:
     assert (found.double() - expected).abs().max() <= bound
     q, scale, _ = rotate_quantize(x, pre_scale, layout, tiles, 3, 8, 0, prologue)
     step = scale.double().t().repeat_interleave(layout.tile, 1)
-    quantized = unpack(q, scale, layout.tile)
+    quantized = unpack(q, scale, layout.tile, False)
     assert ((quantized[:batch] - expected).abs() <= 0.501 * step[:batch] + bound).all()
     assert (quantized[batch:] == 0).all()
 

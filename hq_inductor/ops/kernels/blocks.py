@@ -1,0 +1,214 @@
+"""Blocks of a fused linear layer: which weight and rows a block has, how its words come in, how its sums go out.
+
+A warp owns 16 rows of the weight, a strip. Tiles of a row may be split over several blocks: then parts go to memory, and the warp that
+finishes a row's last one adds them up, in order: the result does not depend on who that is. Up to four weights of one format share a
+launch: their rows follow each other in the output, each weight starts a block.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .bits import INTERPRETED
+from .memory import load_16, load_global, store_global
+from .shared import commit_copies, copy_async_4, copy_async_8
+
+if INTERPRETED:
+
+    @triton.jit
+    def count_in(pointer, lane, NUM_WARPS: tl.constexpr):
+        before = tl.atomic_add(pointer, 1, mask=lane == 0)
+        before = tl.max(tl.reshape(tl.where(lane == 0, before, 0), [NUM_WARPS, 32]), 1)
+        return tl.reshape(tl.broadcast_to(before[:, None], [NUM_WARPS, 32]), [32 * NUM_WARPS])
+
+else:
+
+    @triton.jit
+    def count_in(pointer, lane, NUM_WARPS: tl.constexpr):
+        """Add one to a counter, once per warp, after all the warp wrote; every thread gets the count before.
+
+        Release only: an acquire would throw the multiprocessor's whole L1 away each time. What the count guards is read from L2.
+        """
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .pred first; .reg .b32 before;
+            setp.eq.u32 first, $2, 0;
+            bar.warp.sync 0xffffffff;
+            @first atom.add.release.gpu.global.u32 before, [$1], 1;
+            bar.warp.sync 0xffffffff;
+            shfl.sync.idx.b32 $0, before, 0, 31, 0xffffffff;
+            }""",
+            "=r,l,r",
+            [pointer.to(tl.int64), lane],
+            tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def tile_offset(strip, row, t, N, tiles, WORDS: tl.constexpr):
+    """Words before tile `t` of row `row` of a strip of 16, the nearest there is."""
+    return (tl.minimum(strip * 16 + row, N - 1) * tiles + tl.minimum(t, tiles - 1)) * WORDS
+
+
+@triton.jit
+def stage_stream(
+    words_ptr, strip, t, N, tiles, lane, address, RAW: tl.constexpr, WORDS: tl.constexpr, ROW_BYTES: tl.constexpr, ALIGNED: tl.constexpr
+):
+    """Start copying the stream planes of 16 rows' tile `t` to a buffer."""
+    STREAM: tl.constexpr = WORDS - RAW
+    if ALIGNED:
+        CHUNKS: tl.constexpr = STREAM // 2
+        for step in tl.static_range(0, (16 * CHUNKS + 31) // 32):
+            index = step * 32 + lane
+            # past the last row: the same bytes again
+            row = tl.minimum(index // CHUNKS, 15)
+            offset = 8 * (index % CHUNKS)
+            source = words_ptr + tile_offset(strip, row, t, N, tiles, WORDS) + (RAW + offset // 4)
+            copy_async_8(address + row * (ROW_BYTES + 8) + offset, source)
+    else:
+        word = tl.minimum(lane, STREAM - 1)
+        for row in tl.static_range(0, 16):
+            source = words_ptr + tile_offset(strip, row, t, N, tiles, WORDS) + (RAW + word)
+            copy_async_4(address + row * (ROW_BYTES + 8) + 4 * word, source)
+    commit_copies(lane)
+
+
+@triton.jit
+def load_chunks(words, tile_ptr, j, FIRST: tl.constexpr, LAST: tl.constexpr):
+    """`words` and the raw words 4 FIRST to 4 LAST of lane `j`."""
+    for c in tl.static_range(FIRST, LAST):
+        words = words + load_16(tile_ptr + 16 * c + 4 * j)
+    return words
+
+
+@triton.jit
+def _select(condition, a, b):
+    """Scalar choice of two pointers of one type."""
+    return tl.where(condition, a.to(tl.int64), b.to(tl.int64)).to(a.dtype)
+
+
+@triton.jit
+def weight_of_block(
+    words_ptr,
+    words1_ptr,
+    words2_ptr,
+    words3_ptr,
+    bias_ptr,
+    bias1_ptr,
+    bias2_ptr,
+    bias3_ptr,
+    N,
+    N1,
+    N2,
+    N3,
+    SIBLINGS: tl.constexpr,
+    NUM_WARPS: tl.constexpr,
+):
+    """Of program_id(0): words, bias and rows of its weight, its number among the weight's blocks, the output column of the weight's first
+    row, and the rows of all weights."""
+    block = tl.program_id(0)
+    total = N
+    column = 0
+    if SIBLINGS > 1:
+        rows = N
+        total = N + N1
+        blocks = (N + 16 * NUM_WARPS - 1) // (16 * NUM_WARPS)
+        other = block >= blocks
+        block = tl.where(other, block - blocks, block)
+        column = tl.where(other, rows, column)
+        words_ptr = _select(other, words1_ptr, words_ptr)
+        bias_ptr = _select(other, bias1_ptr, bias_ptr)
+        N = tl.where(other, N1, N)
+        if SIBLINGS > 2:
+            total += N2
+            blocks = (N1 + 16 * NUM_WARPS - 1) // (16 * NUM_WARPS)
+            other = other & (block >= blocks)
+            block = tl.where(other, block - blocks, block)
+            column = tl.where(other, column + N1, column)
+            words_ptr = _select(other, words2_ptr, words_ptr)
+            bias_ptr = _select(other, bias2_ptr, bias_ptr)
+            N = tl.where(other, N2, N)
+        if SIBLINGS > 3:
+            total += N3
+            blocks = (N2 + 16 * NUM_WARPS - 1) // (16 * NUM_WARPS)
+            other = other & (block >= blocks)
+            block = tl.where(other, block - blocks, block)
+            column = tl.where(other, column + N2, column)
+            words_ptr = _select(other, words3_ptr, words_ptr)
+            bias_ptr = _select(other, bias3_ptr, bias_ptr)
+            N = tl.where(other, N3, N)
+    return words_ptr, bias_ptr, N, block, column, total
+
+
+@triton.jit
+def finish(
+    totals,
+    strip,
+    column,
+    part,
+    m0,
+    M,
+    M_PAD,
+    N,
+    total,
+    lane,
+    warp,
+    bias_ptr,
+    residual_ptr,
+    stride_residual,
+    out_ptr,
+    partial_ptr,
+    counter_ptr,
+    BLOCKS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    NUM_WARPS: tl.constexpr,
+):
+    """Sums of a warp's 16 rows and `8 BLOCKS` batch columns from m0 on, four per thread and block, to the output; of several parts the last
+    one adds them up."""
+    j = lane % 4
+    r = lane // 4
+    splits = tl.num_programs(1)
+    row_u = strip * 16 + r
+    row_v = row_u + 8
+    mine = row_u - r < N
+    if SPLIT:
+        for b in tl.static_range(BLOCKS):
+            for i in tl.static_range(4):
+                row = row_u if i < 2 else row_v
+                m = m0 + 8 * b + 2 * j + i % 2
+                store_global(partial_ptr + (part * M_PAD + m).to(tl.int64) * total + (column + row), totals[4 * b + i], row < N)
+        # strips beyond the last row count too, in counters of their own
+        counter = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * NUM_WARPS + warp
+        mine = mine & (count_in(counter_ptr + counter, lane, NUM_WARPS) == splits - 1)
+        # all loads of a round are under way together
+        ROUND: tl.constexpr = 4 // BLOCKS if BLOCKS < 4 else 1
+        totals = ()
+        for _ in tl.static_range(4 * BLOCKS):
+            totals = totals + (tl.zeros([32 * NUM_WARPS], tl.float32),)
+        for first in range(0, splits, ROUND):
+            for s in tl.static_range(ROUND):
+                summed = ()
+                for b in tl.static_range(BLOCKS):
+                    for i in tl.static_range(4):
+                        row = row_u if i < 2 else row_v
+                        m = m0 + 8 * b + 2 * j + i % 2
+                        mask = mine & (row < N) & (m < M) & (first + s < splits)
+                        place = ((first + s) * M_PAD + m).to(tl.int64) * total + (column + row)
+                        summed = summed + (totals[4 * b + i] + load_global(partial_ptr + place, mask, True),)
+                totals = summed
+    for b in tl.static_range(BLOCKS):
+        for i in tl.static_range(4):
+            row = row_u if i < 2 else row_v
+            m = m0 + 8 * b + 2 * j + i % 2
+            mask = mine & (row < N) & (m < M)
+            value = totals[4 * b + i]
+            if HAS_BIAS:
+                value += load_global(bias_ptr + row, mask).to(tl.float32)
+            if HAS_RESIDUAL:
+                value += load_global(residual_ptr + m.to(tl.int64) * stride_residual + (column + row), mask).to(tl.float32)
+            store_global(out_ptr + m.to(tl.int64) * total + (column + row), value.to(out_ptr.dtype.element_ty), mask)

@@ -1,0 +1,269 @@
+"""What four warps do together on sm_90: products with a factor from shared memory, which bulk copies bring there.
+
+One element per thread, as `hq_inductor.ops.kernels.bits`; scalars are the same in all threads. Thread `4 r + j` of warp w of the group
+holds of the first factor the fragment of `mma.m16n8k32` for rows 16 w to 16 w + 15, in registers, and of the sums rows r and r + 8, columns
+8 b + 2 j and 8 b + 2 j + 1 of block b, four registers per block.
+
+Ring.     The second factor comes in chunks through `STAGES` slots of shared memory. Each slot has two barriers: `full`, on which the copy
+          counts its bytes, and `empty`, on which every warp counts itself when it is done with the slot. One thread refills. Parities of
+          a slot's barriers are those of the round, `chunk / STAGES`.
+Slot.     A chunk of 32 S coefficients of COLUMNS rows: `[2 S][COLUMNS][16]` bytes, no swizzle: 8 rows of 16 bytes are what the tensor
+          core reads at a time, 128 bytes side by side.
+Triton's interpreter knows none of this: there the second factor is read where the copies would read it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .bits import INTERPRETED
+from .shared import SHARED_BYTES, TABLE_BYTES, buffer_bytes
+from .warp import mma_s8
+
+_BARRIER_BYTES = tl.constexpr(128)
+MAX_STAGES = _BARRIER_BYTES.value // 16
+
+
+def ring_stages(columns: int, num_warps: int, row_bytes: int) -> tuple[int, int]:
+    """(steps of 32 coefficients per chunk, stages) of a block whose warps hold stream planes in rows of `row_bytes`."""
+    room = SHARED_BYTES.value - TABLE_BYTES.value - num_warps * buffer_bytes(row_bytes) - _BARRIER_BYTES.value
+    # few barriers, but three chunks at least
+    steps = next((steps for steps in (4, 2, 1) if 3 * 32 * columns * steps <= room), 0)
+    if not steps:
+        raise ValueError(f"columns must be at most {room // 96} for {num_warps} warps with rows of {row_bytes} bytes, got {columns}")
+    return steps, min(MAX_STAGES, room // (32 * columns * steps))
+
+
+if INTERPRETED:
+
+    @triton.jit
+    def shared_base(scalar):
+        return scalar * 0
+
+    @triton.jit
+    def open_ring(address, thread, STAGES: tl.constexpr, NUM_WARPS: tl.constexpr):
+        pass
+
+    @triton.jit
+    def refill(thread, full, parity, slot, source, DISTANCE: tl.constexpr, BYTES: tl.constexpr):
+        pass
+
+    @triton.jit
+    def fill(thread, full, slot, source, BYTES: tl.constexpr):
+        pass
+
+    @triton.jit
+    def wait_full(full, parity):
+        pass
+
+    @triton.jit
+    def release(full, lane, DISTANCE: tl.constexpr):
+        pass
+
+    @triton.jit
+    def products_issue(sums, a0, a1, a2, a3, slot, x_ptr, lane, COLUMNS: tl.constexpr, NUM_WARPS: tl.constexpr):
+        column_ptr = x_ptr + (lane // 4) * 16 + lane % 4 * 4
+        updated = ()
+        for b in tl.static_range(COLUMNS // 8):
+            b0 = tl.load((column_ptr + 128 * b).to(tl.pointer_type(tl.int32)))
+            b1 = tl.load((column_ptr + 128 * b + 16 * COLUMNS).to(tl.pointer_type(tl.int32)))
+            s0, s1, s2, s3 = sums[4 * b], sums[4 * b + 1], sums[4 * b + 2], sums[4 * b + 3]
+            updated = updated + mma_s8(s0, s1, s2, s3, a0, a1, a2, a3, b0, b1, NUM_WARPS)
+        return updated
+
+    @triton.jit
+    def products_wait(sums, COLUMNS: tl.constexpr):
+        return sums
+
+else:
+
+    @triton.constexpr_function
+    def _issue_asm(columns):
+        n = columns // 2
+        sums = ", ".join(f"${i}" for i in range(n))
+        a0, a1, a2, a3, low = (f"${n + i}" for i in range(5))
+        return (
+            f"{{.reg .b64 b; mov.b64 b, {{{low}, 8}}; wgmma.fence.sync.aligned; "
+            f"wgmma.mma_async.sync.aligned.m64n{columns}k32.s32.s8.s8 {{{sums}}}, {{{a0}, {a1}, {a2}, {a3}}}, b, 1; "
+            "wgmma.commit_group.sync.aligned;}"
+        )
+
+    @triton.constexpr_function
+    def _issue_constraints(columns):
+        n = columns // 2
+        return ",".join(["=r"] * n + ["r"] * 5 + [str(i) for i in range(n)])
+
+    @triton.constexpr_function
+    def _wait_constraints(columns):
+        n = columns // 2
+        return ",".join(["=r"] * n + [str(i) for i in range(n)])
+
+    @triton.constexpr_function
+    def _words(columns):
+        return (tl.int32,) * (columns // 2)
+
+    @triton.jit
+    def shared_base(scalar):
+        """Address of the block's shared memory (`declare_shared` before), the same in all threads as `scalar` is."""
+        return tl.inline_asm_elementwise("mov.u32 $0, hq_shared;", "=r,r", [scalar], tl.int32, is_pure=True, pack=1)
+
+    @triton.jit
+    def open_ring(address, thread, STAGES: tl.constexpr, NUM_WARPS: tl.constexpr):
+        """Barriers at `address`: all `full`, then all `empty`. A barrier of the block must follow."""
+        for stage in tl.static_range(STAGES):
+            tl.inline_asm_elementwise(
+                """{
+                .reg .pred first;
+                setp.eq.s32 first, $2, 0;
+                @first mbarrier.init.shared::cta.b64 [$1], 1;
+                @first mbarrier.init.shared::cta.b64 [$3], $4;
+                @first fence.mbarrier_init.release.cluster;
+                @first fence.proxy.async.shared::cta;
+                mov.u32 $0, $1;
+                }""",
+                "=r,r,r,r,r",
+                [address + 8 * stage, thread, address + 8 * (STAGES + stage), NUM_WARPS],
+                tl.int32,
+                is_pure=False,
+                pack=1,
+            )
+
+    @triton.jit
+    def fill(thread, full, slot, source, BYTES: tl.constexpr):
+        """Thread 0 starts to copy a chunk to `slot`."""
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred p;
+            setp.eq.s32 p, $1, 0;
+            @p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$2], $5;
+            @p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$3], [$4], $5, [$2];
+            mov.u32 $0, $1;
+            }""",
+            "=r,r,r,r,l,r",
+            [thread, full, slot, source.to(tl.int64), BYTES],
+            tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+    @triton.constexpr_function
+    def _refill_asm(distance, size):
+        return f"""{{
+            .reg .pred p, done;
+            setp.eq.s32 p, $1, 0;
+            @!p bra REFILLED;
+            WAIT:
+            mbarrier.try_wait.parity.shared::cta.b64 done, [$2+{distance}], $3;
+            @!done bra WAIT;
+            mbarrier.arrive.expect_tx.shared::cta.b64 _, [$2], {size};
+            cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$4], [$5], {size}, [$2];
+            REFILLED:
+            bar.warp.sync 0xffffffff;
+            mov.u32 $0, $1;
+            }}"""
+
+    @triton.jit
+    def refill(thread, full, parity, slot, source, DISTANCE: tl.constexpr, BYTES: tl.constexpr):
+        """As `fill`, when all warps are done with what the slot held."""
+        tl.inline_asm_elementwise(
+            _refill_asm(DISTANCE, BYTES),
+            "=r,r,r,r,r,l",
+            [thread, full, parity, slot, source.to(tl.int64)],
+            tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+    @triton.jit
+    def wait_full(full, parity):
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred done;
+            WAIT:
+            mbarrier.try_wait.parity.shared::cta.b64 done, [$1], $2;
+            @!done bra WAIT;
+            mov.u32 $0, $1;
+            }""",
+            "=r,r,r",
+            [full, parity],
+            tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+    @triton.constexpr_function
+    def _release_asm(distance):
+        return f"{{.reg .pred first; setp.eq.s32 first, $2, 0; @first mbarrier.arrive.shared::cta.b64 _, [$1+{distance}]; mov.u32 $0, $1;}}"
+
+    @triton.jit
+    def release(full, lane, DISTANCE: tl.constexpr):
+        """The calling warp is done with a slot."""
+        tl.inline_asm_elementwise(_release_asm(DISTANCE), "=r,r,r", [full, lane], tl.int32, is_pure=False, pack=1)
+
+    @triton.jit
+    def products_issue(sums, a0, a1, a2, a3, slot, x_ptr, lane, COLUMNS: tl.constexpr, NUM_WARPS: tl.constexpr):
+        """Start `sums + a b`, b at `slot` in shared memory. Nothing of it may be touched before `products_wait`."""
+        low = (slot >> 4) + (COLUMNS << 16)
+        return tl.inline_asm_elementwise(
+            _issue_asm(COLUMNS),
+            _issue_constraints(COLUMNS),
+            (a0, a1, a2, a3, low) + sums,
+            _words(COLUMNS),
+            is_pure=False,
+            pack=1,
+        )
+
+    @triton.jit
+    def products_wait(sums, COLUMNS: tl.constexpr):
+        """The sums of all products under way."""
+        return tl.inline_asm_elementwise(
+            "wgmma.wait_group.sync.aligned 0;", _wait_constraints(COLUMNS), sums, _words(COLUMNS), is_pure=False, pack=1
+        )
+
+
+@triton.jit
+def next_products(
+    sums,
+    a0,
+    a1,
+    a2,
+    a3,
+    place,
+    source,
+    STEP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEPS: tl.constexpr,
+    STAGES: tl.constexpr,
+    NUM_WARPS: tl.constexpr,
+):
+    """Start the products of step STEP of a chunk; those before are done then.
+
+    `place`: number, slot and parity of the chunk, then slots and parities of the two before. `source`: the first chunk in global memory,
+    its slot, the first barrier, number of chunks, thread and lane.
+    """
+    CHUNK: tl.constexpr = 32 * STEPS * COLUMNS
+    chunk, slot, parity, slot_1, parity_1, slot_2, parity_2 = place
+    x_ptr, slots, barriers, chunks, thread, lane = source
+    sums = products_wait(sums, COLUMNS)
+    if STEP == 0:
+        # this warp is done with the chunk before; with the one before that all are, or soon, and a new one takes its slot
+        release(barriers + 8 * slot_1, lane + tl.where(chunk >= 1, 0, 32), 8 * STAGES)
+        new = chunk + (STAGES - 2)
+        refill(
+            thread + tl.where((chunk >= 2) & (new < chunks), 0, 256),
+            barriers + 8 * slot_2,
+            parity_2,
+            slots + CHUNK * slot_2,
+            x_ptr + CHUNK * new,
+            8 * STAGES,
+            CHUNK,
+        )
+        wait_full(barriers + 8 * slot, parity)
+    offset: tl.constexpr = 32 * COLUMNS * STEP
+    sums = products_issue(sums, a0, a1, a2, a3, slots + (CHUNK * slot + offset), x_ptr + (CHUNK * chunk + offset), lane, COLUMNS, NUM_WARPS)
+    if STEP == STEPS - 1:
+        wraps = slot == STAGES - 1
+        return sums, (chunk + 1, tl.where(wraps, 0, slot + 1), tl.where(wraps, parity ^ 1, parity), slot, parity, slot_1, parity_1)
+    else:
+        return sums, place
