@@ -30,7 +30,8 @@ def compiled(monkeypatch):
         monkeypatch.setattr(fused, name, lambda device: True)
     monkeypatch.setattr(linear, "fp8_products", lambda device: True)
     monkeypatch.setattr(fused, "multiprocessors", lambda device: 132)
-    monkeypatch.setattr(TileLayout, "kernel_tables", lambda self, device, plain=False: torch.empty(2, 4096, dtype=torch.int32))
+    for name in ("table", "kernel_tables"):
+        monkeypatch.setattr(TileLayout, name, lambda self, device: torch.empty(2, 4096, dtype=torch.int32))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(ahead, "_seen", set())
     return found

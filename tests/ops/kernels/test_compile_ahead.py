@@ -138,7 +138,7 @@ def prologue_constants(name: str) -> dict:
 
 @pytest.mark.parametrize(("capability", "prologue"), [(80, "none"), (80, "layer_norm"), (100, "rms_norm"), *((90, p) for p in PROLOGUES)])
 def test_rotate_quantize(capability, prologue, tmp_path):
-    constants = {"TILE": 512, "BLOCK": 512, "PARTS": 1, "SEED": 0, "HAS_SCALE": True, "LATTICE": "e8", "ALIGNED": True}
+    constants = {"TILE": 512, "BLOCK": 512, "PARTS": 1, "SEED": 0, "HAS_SCALE": True, "LATTICE": "e8", "ALIGNED": True, "RING": 0}
     pointers = {**ACTIVATIONS, "pre_scale_ptr": "*bf16", "q_ptr": "*i8", "act_scale_ptr": "*fp32", "counter_ptr": "*i32"}
     scalars = {
         **dict.fromkeys(("M", "M_PAD", "in_features", "stride_xm", "stride_gm", "stride_norm", "period", "counters"), "i32"),
