@@ -1,4 +1,4 @@
-"""The kernels of a graph's quantized layers begin to compile while Inductor compiles the graph; no rewrite."""
+"""The kernels of a graph's quantized layers compile in workers while Inductor compiles the graph; no rewrite."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from torch import fx
 
 from ..ops.ahead import compile_kernels_of
 from ..ops.registry import cuda_function
-from .graph_pass import log
 from .linear_node import LinearNode
 
 
@@ -19,9 +18,5 @@ def compile_ahead(graph: fx.Graph) -> int:
     layers = [linear.node for linear in LinearNode.all_of(graph) if linear.value("x").is_cuda]
     for node in layers:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda argument: argument.meta["val"])
-        try:
-            compile_kernels_of(cuda_function(node.target), args, kwargs)
-        # a size that is known when the graph runs, and not before
-        except (AttributeError, TypeError, ValueError) as error:
-            log.info("kernels of %s not compiled ahead: %s", node, error)
+        compile_kernels_of(cuda_function(node.target), args, kwargs)
     return len(layers)

@@ -22,7 +22,7 @@ class PassConfig:
         fuse_norm: an RMSNorm or LayerNorm that only feeds quantized layers moves into their first kernel.
         fuse_gate: `silu(gate) * up`, or gelu, that only feeds quantized layers moves into their first kernel.
         fuse_residual: an addition to a layer's output moves into its last kernel.
-        compile_ahead: no rewrite: on CUDA, the layers' kernels compile in threads while Inductor compiles the graph.
+        compile_ahead: no rewrite: on CUDA, the layers' kernels compile in Inductor's worker processes while it compiles the graph.
 
     Raises:
         ValueError: a switch is none of the three.

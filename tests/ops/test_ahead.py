@@ -1,17 +1,32 @@
 """Kernels compiled ahead: what is compiled, how often, and that nothing goes wrong where it fails."""
 
-import contextlib
+from concurrent.futures import Future
 
 import pytest
 import torch
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
-from hq_inductor import HyperQuantTensor
-from hq_inductor.format.layout import TileLayout
-from hq_inductor.ops import ahead, fused, linear, registry
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+from hq_inductor import HyperQuantTensor  # noqa: E402
+from hq_inductor.format.layout import TileLayout  # noqa: E402
+from hq_inductor.ops import ahead, fused, linear, registry  # noqa: E402
 
 ops = torch.ops.hyperquant
+H100 = GPUTarget("cuda", 90, 32)
+
+
+class Here:
+    """Stands in for the workers: what is submitted runs at once, and takes effect at once."""
+
+    def submit(self, function, *args):
+        future = Future()
+        try:
+            future.set_result(function(*args))
+        except Exception as error:
+            future.set_exception(error)
+        return future
 
 
 @pytest.fixture
@@ -32,7 +47,9 @@ def compiled(monkeypatch):
     monkeypatch.setattr(fused, "multiprocessors", lambda device: 132)
     for name in ("table", "kernel_tables"):
         monkeypatch.setattr(TileLayout, name, lambda self, device: torch.empty(2, 4096, dtype=torch.int32))
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(ahead, "_pool", Here)
+    monkeypatch.setattr(ahead, "_target", lambda: H100)
+    monkeypatch.setattr(ahead, "_cache_dir", lambda: "nowhere")
     monkeypatch.setattr(ahead, "_seen", set())
     return found
 
@@ -60,7 +77,6 @@ def arguments(batch, mma="auto"):
 )
 def test_compiles_what_a_call_launches(compiled, batch, mma, kernels):
     ahead.compile_kernels_of(registry.cuda_function(ops.rice_linear.default), arguments(batch, mma), {})
-    ahead.wait_for_kernels()
     assert [name for name, _, _ in compiled] == kernels
     for _, given, options in compiled:
         assert not any(isinstance(value, torch.Tensor) for value in given.values())
@@ -69,14 +85,18 @@ def test_compiles_what_a_call_launches(compiled, batch, mma, kernels):
         given = compiled[1][1]
         assert (given["out_ptr"], given["words_ptr"], given["partial_ptr"]) == (torch.bfloat16, torch.int32, torch.float32)
         assert (given["N"], given["COLUMNS"], given["SIBLINGS"], given["PDL"]) == (96, 8, 1, True)
+    ahead.wait_for_kernels()
+    # read by this process
+    assert [name for name, _, _ in compiled] == 2 * kernels
 
 
-def test_once_for_calls_that_are_alike(compiled):
+def test_once_for_layers_that_are_alike(compiled):
     function = registry.cuda_function(ops.rice_linear.default)
     for _ in range(3):
         ahead.compile_kernels_of(function, arguments(1), {})
+    assert len(compiled) == len(ahead._under_way) == 2
     ahead.wait_for_kernels()
-    assert len(compiled) == 2 and not ahead._under_way
+    assert not ahead._under_way
 
 
 def test_a_launch_waits_and_runs(compiled):
@@ -90,7 +110,7 @@ def test_a_launch_waits_and_runs(compiled):
     ahead.compile_kernels_of(registry.cuda_function(ops.rice_linear.default), arguments(1), {})
     x = torch.zeros(1)
     ahead.launch(Kernel(), (3, 1), x, 5, SIZE=2, num_warps=4)
-    assert launched == [((3, 1), (x, 5), {"SIZE": 2, "num_warps": 4}, 2)]
+    assert launched == [((3, 1), (x, 5), {"SIZE": 2, "num_warps": 4}, 4)]
 
 
 def test_failure_is_left_to_the_launch(compiled, monkeypatch, caplog):
@@ -98,4 +118,25 @@ def test_failure_is_left_to_the_launch(compiled, monkeypatch, caplog):
     with caplog.at_level("INFO", "hq_inductor.passes"):
         ahead.compile_kernels_of(registry.cuda_function(ops.rice_linear.default), arguments(1), {})
         ahead.wait_for_kernels()
-    assert "not compiled ahead: division by zero" in caplog.text
+    assert "linear_kernel not compiled ahead: ZeroDivisionError" in caplog.text
+    assert [name for name, _, _ in compiled] == 2 * ["rotate_quantize_kernel"]
+
+
+def test_worker_compiles_into_the_cache_and_leaves_no_trace(tmp_path):
+    """As a worker does it, for a device that is not here; then the same job is a hit."""
+    from triton.runtime import driver
+
+    pointers = (torch.bfloat16, torch.float32)
+    options = (("PROLOGUE", "rms_norm"), ("ALIGNED", True), ("num_warps", 4))
+    job = ahead.Job("hq_inductor.ops.kernels.activations", "row_statistics_kernel", (*pointers, 512, 512, 1e-5), (3,), options)
+    hits, before, directory = [], driver._active, triton.knobs.cache.dir
+    kernel = fused.row_statistics_kernel
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.listener = lambda **given: hits.append(given["cache_hit"])
+        for _ in range(2):
+            # as in another process
+            kernel.device_caches.clear()
+            ahead.compile_job(job, H100, str(tmp_path))
+    kernel.device_caches.clear()
+    assert hits == [False, True] and list(tmp_path.glob("*/row_statistics_kernel.cubin"))
+    assert driver._active is before and triton.knobs.cache.dir == directory
