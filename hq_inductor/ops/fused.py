@@ -333,7 +333,7 @@ def int8_linear(
     else:
         (q, scale), zeros = rotated, torch.zeros(counters, dtype=torch.int32, device=x.device)
     pdl = dependent_launch(x.device)
-    partial = torch.empty((splits, padded, rows), dtype=torch.float32, device=x.device) if splits > 1 else scale
+    partial = torch.empty((splits, counters, 2 * columns * 8), dtype=torch.float32, device=x.device) if splits > 1 else scale
     has_bias = biases[0] is not None
     if has_bias and len({b.dtype for b in biases}) > 1:
         biases = [b.float() for b in biases]

@@ -103,7 +103,7 @@ def linear_kernel(
     act_scale_ptr,  # [tiles, M_PAD] fp32
     bias_ptr,  # [N], or anything if not HAS_BIAS
     out_ptr,  # [M, N + N1 + N2 + N3]
-    partial_ptr,  # [parts, M_PAD, N + N1 + N2 + N3] fp32 if SPLIT
+    partial_ptr,  # fp32 if SPLIT: `finish`
     counter_ptr,  # [blocks] int32 zeros if SPLIT
     M,
     M_PAD,
