@@ -88,6 +88,10 @@ def _fake(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(tuple(shape), tuple(strides), dtype=tensor.dtype, device=tensor.device)
 
 
+def _described(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)} {tensor.stride()} {tensor.device}"
+
+
 def _number(size: int | torch.SymInt) -> int:
     """A size; of one that varies, what it was when the graph was traced. Adds no guard."""
     return size if isinstance(size, int) else int(size.node.hint)
@@ -96,6 +100,11 @@ def _number(size: int | torch.SymInt) -> int:
 def compile_kernels_of(function: Callable, args: tuple, kwargs: Mapping) -> None:
     """Have the kernels of a call compiled, arguments as of `jobs_of`; each kernel once."""
     with _left_to_the_launch(function.__name__):
+        # a model's layers are alike
+        call = (function, repr(tree_map(lambda arg: _described(arg) if isinstance(arg, torch.Tensor) else arg, (args, dict(kwargs)))))
+        if call in _seen:
+            return
+        _seen.add(call)
         for job in jobs_of(function, args, kwargs):
             if job.key not in _seen:
                 _seen.add(job.key)
