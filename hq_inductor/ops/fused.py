@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
 import triton
 
+from ..format.codes import CodesLayout
 from ..format.hadamard import hadamard_block
 from ..format.layout import TileLayout
+from . import ahead
 from .kernels.activations import fp8_scale_kernel, rotate_kernel, rotate_quantize_kernel, row_statistics_kernel
 from .kernels.decode import decode_kernel
 from .kernels.linear import linear_kernel
@@ -33,7 +36,7 @@ from .launch import (
 from .prologue import NO_PROLOGUE, NORMS, Prologue
 
 
-def _rotation(layout: TileLayout, act_pre_scale: torch.Tensor | None, seed: int, prologue: Prologue) -> dict:
+def _rotation(layout: TileLayout | CodesLayout, act_pre_scale: torch.Tensor | None, seed: int, prologue: Prologue) -> dict:
     """Compile-time arguments of `hq_inductor.ops.kernels.activations.rotate`."""
     block = hadamard_block(layout.tile)
     return {
@@ -42,15 +45,35 @@ def _rotation(layout: TileLayout, act_pre_scale: torch.Tensor | None, seed: int,
         "PARTS": triton.next_power_of_2(layout.tile // block),
         "SEED": seed,
         "HAS_SCALE": act_pre_scale is not None,
-        "PROLOGUE": prologue.name,
+        "PROLOGUE": prologue.name.removesuffix("_1p"),
+        "ADD_ONE": prologue.name.endswith("_1p"),
         "HAS_WEIGHT": prologue.weight is not None,
         "HAS_BIAS": prologue.bias is not None,
+        "NORM_ROWS": _norm_rows(prologue) > 1,
     }
 
 
+def _norm_rows(prologue: Prologue) -> int:
+    """Rows of a norm's weight and bias, `[rows, K]` or `[K]`."""
+    given = prologue.bias if prologue.weight is None else prologue.weight
+    return 1 if given is None or given.dim() == 1 else given.shape[0]
+
+
+def _norm_strides(prologue: Prologue, batch: int) -> tuple[Prologue, int, int]:
+    """The prologue with rows of weight and bias equally far apart, that distance, and how many activations share one."""
+    rows = _norm_rows(prologue)
+    if rows == 1:
+        return prologue, 0, 1
+    strides = [tensor.stride(0) for tensor in (prologue.weight, prologue.bias) if tensor is not None]
+    if len(set(strides)) > 1:
+        prologue = dataclasses.replace(prologue, weight=prologue.weight.contiguous(), bias=prologue.bias.contiguous())
+        strides = [prologue.weight.stride(0)]
+    return prologue, strides[0], max(1, batch // rows)
+
+
 def _vector(tensor: torch.Tensor | None, placeholder: torch.Tensor) -> torch.Tensor:
-    """A pointer argument `[K]` that may be missing."""
-    return placeholder if tensor is None else tensor.contiguous()
+    """A pointer argument `[K]`, or rows of them, that may be missing."""
+    return placeholder if tensor is None else tensor if tensor.dim() == 2 else tensor.contiguous()
 
 
 def _aligned_rows(*matrices: torch.Tensor) -> bool:
@@ -80,7 +103,8 @@ def rotate_quantize(
         x: `[M, in_features]`, last dimension contiguous.
         padded: rows of the result, at least M.
         counters: length of the zeros that come along.
-        prologue: what happens to `x` first; its gate is `[M, in_features]`, last dimension contiguous.
+        prologue: what happens to `x` first; its gate is `[M, in_features]`, weight and bias `[in_features]` or `[rows, in_features]`, where
+            M is a multiple of rows and each is for M / rows in a row; last dimensions contiguous.
         ring: batch columns of a block whose activations come through a ring, or 0.
 
     Returns:
@@ -90,8 +114,11 @@ def rotate_quantize(
     scale = torch.empty((tiles, padded), dtype=torch.float32, device=x.device)
     zeros = torch.empty(counters, dtype=torch.int32, device=x.device)
     pdl = dependent_launch(x.device)
+    prologue, stride_norm, period = _norm_strides(prologue, x.shape[0])
     gate = x if prologue.gate is None else prologue.gate
-    rotate_quantize_kernel[(padded, tiles)](
+    ahead.launch(
+        rotate_quantize_kernel,
+        (padded, tiles),
         x,
         gate,
         _vector(prologue.weight, x),
@@ -105,11 +132,13 @@ def rotate_quantize(
         x.shape[1],
         x.stride(0),
         gate.stride(0),
+        stride_norm,
+        period,
         counters,
         prologue.eps,
         **_rotation(layout, act_pre_scale, seed, prologue),
         LATTICE=layout.lattice,
-        ALIGNED=_aligned_rows(x, gate),
+        ALIGNED=_aligned_rows(x, gate) and stride_norm % 16 == 0,
         PDL=pdl,
         RING=ring,
         num_warps=1,
@@ -121,7 +150,7 @@ def rotate_quantize(
 def rotate(
     x: torch.Tensor,
     act_pre_scale: torch.Tensor | None,
-    layout: TileLayout,
+    layout: TileLayout | CodesLayout,
     tiles: int,
     seed: int,
     dtype: torch.dtype,
@@ -145,22 +174,51 @@ def rotate(
         scale = torch.empty(batch if fp8 else (tiles, batch), dtype=torch.float32, device=x.device)
     if out.numel() == 0:
         return out, scale
+    prologue, stride_norm, period = _norm_strides(prologue, batch)
     statistics, gate = x, x if prologue.gate is None else prologue.gate
     if prologue.name in NORMS:
         statistics = torch.empty((batch, 2), dtype=torch.float32, device=x.device)
-        row_statistics_kernel[(batch,)](
-            x, statistics, features, x.stride(0), prologue.eps, PROLOGUE=prologue.name, ALIGNED=_aligned_rows(x), num_warps=4
+        ahead.launch(
+            row_statistics_kernel,
+            (batch,),
+            x,
+            statistics,
+            features,
+            x.stride(0),
+            prologue.eps,
+            PROLOGUE=prologue.name.removesuffix("_1p"),
+            ALIGNED=_aligned_rows(x),
+            num_warps=4,
         )
     pointers = (x, gate, _vector(prologue.weight, x), _vector(prologue.bias, x), statistics, _vector(act_pre_scale, x))
-    scalars = (features, x.stride(0), gate.stride(0), tiles)
+    scalars = (features, x.stride(0), gate.stride(0), stride_norm, period, tiles)
     rotation = _rotation(layout, act_pre_scale, seed, prologue)
-    aligned = _aligned_rows(x, gate)
+    aligned = _aligned_rows(x, gate) and stride_norm % 16 == 0
     if fp8:
         kept = {key: value for key, value in rotation.items() if key not in ("BLOCK", "PARTS", "SEED")}
         padded = triton.next_power_of_2(layout.tile)
-        fp8_scale_kernel[(batch,)](*pointers, scale, *scalars, **kept, PADDED=padded, ALIGNED=aligned, num_warps=1 if batch >= 1024 else 4)
-    rotate_kernel[(batch, tiles)](
-        *pointers, out, x if scale is None else scale, *scalars, **rotation, LATTICE=layout.lattice, ALIGNED=aligned, num_warps=1
+        ahead.launch(
+            fp8_scale_kernel,
+            (batch,),
+            *pointers,
+            scale,
+            *scalars,
+            **kept,
+            PADDED=padded,
+            ALIGNED=aligned,
+            num_warps=1 if batch >= 1024 else 4,
+        )
+    ahead.launch(
+        rotate_kernel,
+        (batch, tiles),
+        *pointers,
+        out,
+        x if scale is None else scale,
+        *scalars,
+        **rotation,
+        LATTICE=layout.lattice,
+        ALIGNED=aligned,
+        num_warps=1,
     )
     return out, scale
 
@@ -188,7 +246,9 @@ def int8_matmul(
     out = torch.empty(shape, dtype=torch.float32 if split else dtype, device=x.device)
     if out.numel() == 0:
         return out.sum(0).to(dtype) if split else out
-    int8_matmul_kernel[(-(-batch // launch.block_m) * -(-rows // launch.block_n), launch.splits)](
+    ahead.launch(
+        int8_matmul_kernel,
+        (-(-batch // launch.block_m) * -(-rows // launch.block_n), launch.splits),
         x,
         act_scale,
         codes,
@@ -290,8 +350,9 @@ def int8_linear(
     biases = [b.contiguous() for b in biases] if has_bias else [out]
     weights += weights[:1] * (MAX_SIBLINGS - len(weights))
     biases += biases[:1] * (MAX_SIBLINGS - len(biases))
-    kernel = ring_linear_kernel if ring and x.is_cuda else linear_kernel
-    kernel[grid](
+    ahead.launch(
+        ring_linear_kernel if ring and x.is_cuda else linear_kernel,
+        grid,
         weights[0],
         layout.kernel_tables(x.device),  # of which the first
         q,
@@ -408,7 +469,9 @@ def decode(
     if parts is None:
         parts = decode_parts(blocks, tiles, multiprocessors(qdata.device)) if qdata.is_cuda else 1
     placeholder = qdata
-    decode_kernel[(blocks, parts)](
+    ahead.launch(
+        decode_kernel,
+        (blocks, parts),
         qdata,
         layout.table(qdata.device),
         scale if row_scale else placeholder,

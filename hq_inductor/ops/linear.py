@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ..format.codes import CodesLayout
 from ..format.hadamard import hadamard_block, hadamard_ref
 from ..format.lattice import embed
 from ..format.layout import TileLayout
@@ -33,18 +34,24 @@ _BLOCK_WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 
 def check_linear(x: torch.Tensor, qdata: torch.Tensor, act_pre_scale: torch.Tensor | None, layout: TileLayout, in_features: int) -> None:
+    check_activations(x, qdata, act_pre_scale, layout.tile, in_features)
+
+
+def check_activations(x: torch.Tensor, qdata: torch.Tensor, act_pre_scale: torch.Tensor | None, tile: int, in_features: int) -> None:
+    """`TypeError` or `ValueError` unless activations fit `qdata`, `[N, tiles, ...]`."""
     check_floating("x", x)
-    columns = qdata.shape[1] * layout.tile
-    if not columns - layout.tile < in_features <= columns:
+    columns = qdata.shape[1] * tile
+    if not columns - tile < in_features <= columns:
         raise ValueError(
-            f"x must have between {columns - layout.tile + 1} and {columns} features for qdata of shape "
-            f"{tuple(qdata.shape)}, got {in_features}"
+            f"x must have between {columns - tile + 1} and {columns} features for qdata of shape {tuple(qdata.shape)}, got {in_features}"
         )
     if act_pre_scale is not None and act_pre_scale.shape != (in_features,):
         raise ValueError(f"act_pre_scale must have shape ({in_features},), got {tuple(act_pre_scale.shape)}")
 
 
-def rotate_activations(x: torch.Tensor, act_pre_scale: torch.Tensor | None, layout: TileLayout, columns: int, seed: int) -> torch.Tensor:
+def rotate_activations(
+    x: torch.Tensor, act_pre_scale: torch.Tensor | None, layout: TileLayout | CodesLayout, columns: int, seed: int
+) -> torch.Tensor:
     """`RHT(x * act_pre_scale)` in fp32 (fp64 for fp64 input), `[M, columns]`; missing columns are zeros."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     if act_pre_scale is not None:

@@ -5,6 +5,7 @@
 4. `fuse_residual` last: it takes single layers, which merged ones no longer are.
 
 What is still a single layer then is called by the overload `no_grad`: the graph is below autograd, whose Python layer is paid for per call.
+Last, `compile_ahead` begins with the kernels of the layers as they are now.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import fx
 
+from .compile_ahead import compile_ahead
 from .config import current_config
 from .fuse_gate import FuseGatePass
 from .fuse_norm import FuseNormPass
@@ -57,6 +59,8 @@ def rewrite(gm: fx.GraphModule) -> PassReport:
         if without_autograd(gm.graph) or report.made:
             gm.recompile()
             log.debug("after:\n%s", gm.graph)
+    if rewriting.config.compile_ahead:
+        compile_ahead(gm.graph)
     add_to_report(report)
     return report
 

@@ -18,6 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .activations import round_to_even
 from .bits import reverse_bits, shift_right
+from .memory import load_global
 
 _SCALE_CODES = tl.constexpr(4096)
 
@@ -56,8 +57,8 @@ def _round_coset(y, coset: tl.constexpr, price, bits_ptr, LIMIT: tl.constexpr, E
         own = 4.0 * rest * rest
         symbol = below.to(tl.int32)
         if EFFORT > 0:
-            bits_below = tl.load(bits_ptr + (symbol + LIMIT)) * price
-            difference += tl.load(bits_ptr + (symbol + (LIMIT + 1))) * price - bits_below
+            bits_below = load_global(bits_ptr + (symbol + LIMIT)) * price
+            difference += load_global(bits_ptr + (symbol + (LIMIT + 1))) * price - bits_below
             own += bits_below
         above = difference < 0
         symbol = tl.where(above, symbol + 1, symbol)
@@ -275,8 +276,8 @@ def encode_kernel(
             unmoved = tl.where(is_even, even[i], odd[i])
             t = t + (tl.where(moved_place == i, unmoved + step, unmoved),)
         # symbols are the t of both cosets: odd codes are complemented, 2 t + 1 = (2 t') ^ -1 with t' = -t - 1, and so are t
-        length = tl.load(lengths_ptr + _quad(t[0], t[1], t[2], t[3], K, CLASSES))
-        length += tl.load(lengths_ptr + _quad(t[4], t[5], t[6], t[7], K, CLASSES))
+        length = load_global(lengths_ptr + _quad(t[0], t[1], t[2], t[3], K, CLASSES))
+        length += load_global(lengths_ptr + _quad(t[4], t[5], t[6], t[7], K, CLASSES))
         length = tl.where(vector[None, :] * 8 < TILE, length, 0)
         both = tl.sum(tl.where(left_lanes, length, length << 16), 1)
         wall_code, wall = _wall(both & 0xFFFF, END, WALL_UNIT)
@@ -344,9 +345,9 @@ def encode_kernel(
     # stream plane
     first_quad = _quad(symbols[0], symbols[1], symbols[2], symbols[3], K, CLASSES)
     second_quad = _quad(symbols[4], symbols[5], symbols[6], symbols[7], K, CLASSES)
-    second_length = tl.load(lengths_ptr + second_quad)
-    length = tl.load(lengths_ptr + first_quad) + second_length
-    value = (tl.load(codewords_ptr + first_quad) << second_length) | tl.load(codewords_ptr + second_quad)
+    second_length = load_global(lengths_ptr + second_quad)
+    length = load_global(lengths_ptr + first_quad) + second_length
+    value = (load_global(codewords_ptr + first_quad) << second_length) | load_global(codewords_ptr + second_quad)
     length = tl.where(vector * 8 < TILE, length, 0)
     value = tl.where(vector * 8 < TILE, value, 0)
     value = tl.where(lane % 2 == 1, shift_right(reverse_bits(value), 32 - tl.maximum(length, 1)), value)

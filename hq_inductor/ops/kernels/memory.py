@@ -1,7 +1,8 @@
 """Global memory, one element per thread, by inline PTX.
 
 Why.  Triton's loads and stores take part in its coalescing pass, which is there to choose layouts. These kernels have one layout, and for
-      each of them the pass walks the whole kernel: with 64 batch columns it took 38 of 39 seconds that the linear kernel took to compile.
+      each of them the pass walks the whole kernel: with 64 batch columns it took 38 of 39 seconds that the linear kernel took to compile,
+      in attention with heads of 256 30 of 45 (2-core virtual x86-64, Triton 3.6, sm_90).
 
 Elements have 16 or 32 bits. `mask` false: a load gives zero, a store does nothing.
 """

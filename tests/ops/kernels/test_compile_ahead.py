@@ -22,7 +22,7 @@ from hq_inductor.ops.kernels.matmul import int8_matmul_kernel  # noqa: E402
 from hq_inductor.ops.kernels.shared import row_bytes  # noqa: E402
 from hq_inductor.ops.kernels.warpgroup import ring_shape  # noqa: E402
 from hq_inductor.ops.launch import REGISTERS, TIGHT_REGISTERS, linear_launch, matmul_launch, ring_warps  # noqa: E402
-from hq_inductor.ops.prologue import NORMS, PROLOGUES  # noqa: E402
+from hq_inductor.ops.prologue import LAYER_NORMS, NORMS, PROLOGUES  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -157,14 +157,18 @@ ACTIVATIONS = {"x_ptr": "*bf16", "gate_ptr": "*bf16", "norm_weight_ptr": "*bf16"
 
 
 def prologue_constants(name: str) -> dict:
-    return {"PROLOGUE": name, "HAS_WEIGHT": name in NORMS, "HAS_BIAS": name == "layer_norm"}
+    form = {"ADD_ONE": name.endswith("_1p"), "NORM_ROWS": name == "layer_norm_1p"}
+    return {"PROLOGUE": name.removesuffix("_1p"), "HAS_WEIGHT": name in NORMS, "HAS_BIAS": name in LAYER_NORMS, **form}
 
 
 @pytest.mark.parametrize(("capability", "prologue"), [(80, "none"), (80, "layer_norm"), (100, "rms_norm"), *((90, p) for p in PROLOGUES)])
 def test_rotate_quantize(capability, prologue, tmp_path):
-    constants = {"TILE": 512, "BLOCK": 512, "PARTS": 1, "SEED": 0, "HAS_SCALE": True, "LATTICE": "e8", "ALIGNED": True}
+    constants = {"TILE": 512, "BLOCK": 512, "PARTS": 1, "SEED": 0, "HAS_SCALE": True, "LATTICE": "e8", "ALIGNED": True, "RING": 0}
     pointers = {**ACTIVATIONS, "pre_scale_ptr": "*bf16", "q_ptr": "*i8", "act_scale_ptr": "*fp32", "counter_ptr": "*i32"}
-    scalars = {**dict.fromkeys(("M", "M_PAD", "in_features", "stride_xm", "stride_gm", "counters"), "i32"), "eps": "fp32"}
+    scalars = {
+        **dict.fromkeys(("M", "M_PAD", "in_features", "stride_xm", "stride_gm", "stride_norm", "period", "counters"), "i32"),
+        "eps": "fp32",
+    }
     constants |= {"PDL": capability >= 90, "RING": 64 if capability == 90 else 0, **prologue_constants(prologue)}
     sass, _, _ = compile_ahead(rotate_quantize_kernel, {**pointers, **scalars}, constants, capability, 1, tmp_path)
     assert "LDL" not in sass and "STL" not in sass, "spilled registers"
@@ -176,7 +180,7 @@ def test_rotate_quantize(capability, prologue, tmp_path):
     [
         (80, "none", "bf16"),
         (80, "none", "i8"),
-        (90, "layer_norm", "bf16"),
+        (90, "layer_norm_1p", "bf16"),
         (90, "silu_mul", "i8"),
         (90, "rms_norm", "fp8e4nv"),
         (100, "none", "fp8e4nv"),
@@ -185,7 +189,7 @@ def test_rotate_quantize(capability, prologue, tmp_path):
 def test_rotate(capability, prologue, out, tmp_path):
     constants = {"TILE": 384, "BLOCK": 128, "PARTS": 4, "SEED": 7, "HAS_SCALE": False, "ALIGNED": True, **prologue_constants(prologue)}
     pointers = {**ACTIVATIONS, "statistics_ptr": "*fp32", "pre_scale_ptr": "*bf16", "out_ptr": f"*{out}", "scale_ptr": "*fp32"}
-    scalars = dict.fromkeys(("in_features", "stride_xm", "stride_gm", "tiles"), "i32")
+    scalars = dict.fromkeys(("in_features", "stride_xm", "stride_gm", "stride_norm", "period", "tiles"), "i32")
     sass, _, _ = compile_ahead(rotate_kernel, {**pointers, **scalars}, {**constants, "LATTICE": "e8"}, capability, 1, tmp_path)
     assert "LDL" not in sass and "STL" not in sass, "spilled registers"
 
@@ -194,7 +198,7 @@ def test_rotate(capability, prologue, out, tmp_path):
 def test_fp8_scale(prologue, tmp_path):
     constants = {"TILE": 384, "PADDED": 512, "HAS_SCALE": True, "ALIGNED": True, **prologue_constants(prologue)}
     pointers = {**ACTIVATIONS, "statistics_ptr": "*fp32", "pre_scale_ptr": "*bf16", "scale_ptr": "*fp32"}
-    scalars = dict.fromkeys(("in_features", "stride_xm", "stride_gm", "tiles"), "i32")
+    scalars = dict.fromkeys(("in_features", "stride_xm", "stride_gm", "stride_norm", "period", "tiles"), "i32")
     sass, _, _ = compile_ahead(fp8_scale_kernel, {**pointers, **scalars}, constants, 90, 4, tmp_path)
     assert "LDL" not in sass and "STL" not in sass, "spilled registers"
 
