@@ -156,6 +156,23 @@ def test_one_graph_for_every_batch_which_the_passes_leave_alone():
 
 
 @pytest.mark.parametrize("mma", ["auto", "fp8"])
+def test_gathered_shards(mma):
+    """What FSDP2 asks for: rows of every part, and the whole weight of what it gathered."""
+    _, codes = pair((8, 1024), mma=mma, tile=256, act_pre_scale=torch.rand(1024) + 0.5)
+    shards = [codes[:4].fsdp_pre_all_gather(None)[0], codes[4:].fsdp_pre_all_gather(None)[0]]
+    gathered = tuple(torch.cat(parts) for parts in zip(*shards, strict=True))
+    whole, kept = codes[:4].fsdp_post_all_gather(gathered, None, torch.bfloat16)
+    assert torch.equal(whole.dequantize(torch.float32), codes.dequantize()) and len(kept) == 2
+
+
+def test_export():
+    model, x = mlp(), torch.randn(9, 384)
+    program = torch.export.export(model, (x[:3],), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.testing.assert_close(program.module()(x), model(x))
+    assert sum(node.target is ops.codes_linear.default for node in program.graph.nodes) == 2
+
+
+@pytest.mark.parametrize("mma", ["auto", "fp8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(mma, dtype):
     _, codes = pair((6, 512), mma=mma, tile=256, act_pre_scale=torch.rand(512) + 0.5)
