@@ -6,13 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 from torchao.quantization import quantize_
 
 from hq_inductor import HyperQuantLinear, HyperQuantTensor, hyperquant_weight, quantization_report
+from hq_inductor.compile import HyperQuantGraphPass
 from hq_inductor.format.codes import coefficients
 from hq_inductor.format.hadamard import hadamard_block, hadamard_ref
 from hq_inductor.format.layout import LATTICES
+from hq_inductor.passes import compile_ahead
 
 from .passes.graphs import Compiled
 
@@ -137,6 +141,19 @@ def test_models(mma, tmp_path):
     before = model[0].qdata.clone(), model[0].scale.clone()
     half = model.half()[0]
     assert half.weight.dtype == torch.float16 and torch.equal(half.qdata, before[0]) and torch.equal(half.scale, before[1])
+
+
+def test_kernels_are_compiled_ahead_though_nothing_is_rewritten(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        compile_ahead, "compile_kernels_of", lambda function, args, kwargs: calls.append((function.__name__, args[0].shape))
+    )
+    with FakeTensorMode():
+        x, weight = torch.empty(3, 384, device="cuda"), torch.empty(8, 1, 384, dtype=torch.int8, device="cuda")
+        scale = torch.empty(8, 1, dtype=torch.int32, device="cuda")
+        gm = make_fx(lambda x, w, s: ops.codes_linear(x, w, s, None, None, "e8", 0))(x, weight, scale)
+    HyperQuantGraphPass(None)(gm)
+    assert calls == [("_codes_linear_cuda", (3, 384))]
 
 
 def test_codes_are_not_loaded_over_e4m3():

@@ -3,7 +3,7 @@
 1. `merge_siblings` first: afterwards one op reads what several read before, so that what feeds it can be seen to feed nothing else.
 2. `fuse_norm`, 3. `fuse_gate`: what comes before a layer. They exclude each other, and their order does not matter.
 4. `fuse_residual` last: it takes single layers, which merged ones no longer are.
-Then `compile_ahead` begins with the kernels of the layers as they are now.
+After them, `compile_ahead` begins with the kernels of the layers as they are then.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from torch import fx
 
-from .compile_ahead import compile_ahead
 from .config import current_config
 from .fuse_gate import FuseGatePass
 from .fuse_norm import FuseNormPass
@@ -56,8 +55,6 @@ def rewrite(gm: fx.GraphModule) -> PassReport:
             gm.graph.lint()
             gm.recompile()
             log.debug("after:\n%s", gm.graph)
-    if rewriting.config.compile_ahead:
-        compile_ahead(gm.graph)
     add_to_report(report)
     return report
 
