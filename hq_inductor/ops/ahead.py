@@ -70,6 +70,11 @@ def launch(kernel, grid: tuple[int, ...], first: torch.Tensor, *args, **options)
     _noted.jobs.append(Job(kernel.fn.__module__, kernel.fn.__name__, arguments, grid, tuple(options.items())))
 
 
+def is_aligned(tensor: torch.Tensor) -> bool:
+    """Whether a tensor starts at a multiple of 16 bytes; fake ones do."""
+    return isinstance(tensor, FakeTensor) or tensor.data_ptr() % 16 == 0
+
+
 def jobs_of(function: Callable, args: tuple, kwargs: Mapping) -> list[Job]:
     """What a call of an op on CUDA launches, as far as fake tensors lead.
 

@@ -15,6 +15,7 @@ from ..format.on_device import on_device
 from ..format.quantizer import MAX_OVERLOAD, PRICE, check_effort
 from ..format.rates import start_rms
 from ..format.rounding import class_bits
+from . import ahead
 from .kernels.attention import attention_kernel
 from .kernels.kv_encode import encode_kernel
 from .kernels.slots import buffer_bytes
@@ -98,7 +99,7 @@ def unsupported(
         return f"page_size must be a power of two of at least {STEP_TOKENS}, got {page_size}"
     if k_exact.dtype not in (torch.float16, torch.bfloat16) or query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"exact tokens must be fp16 or bf16 and queries that or fp32, got {k_exact.dtype} and {query.dtype}"
-    if k_words.data_ptr() % 16 or k_exact.data_ptr() % 16:
+    if not (ahead.is_aligned(k_words) and ahead.is_aligned(k_exact)):
         return "tensors must start at multiples of 16 bytes"
     if -(-queries * (k_layout.tile // head_dim) * (query.shape[1] // kv_heads) // MMA_COLUMNS) > MAX_COLUMN_BLOCKS:
         return f"{queries} queries per head are too many"
@@ -175,7 +176,7 @@ def attend(
     page_shift = (k_words.shape[2] // STEP_TOKENS).bit_length() - 1 if paged else 0
     group = query_heads // kv_heads
     # rows are read 16 bytes at a time
-    if query.stride(-1) != 1 or query.data_ptr() % 16 or any(s * query.element_size() % 16 for s in query.stride()[:3]):
+    if query.stride(-1) != 1 or not ahead.is_aligned(query) or any(s * query.element_size() % 16 for s in query.stride()[:3]):
         query = query.contiguous()
     device = query.device
     column_blocks = -(-queries * join * group // MMA_COLUMNS)
@@ -197,7 +198,9 @@ def attend(
     if mask is not None:
         mask_strides = (*(mask.stride(i) if mask.shape[i] > 1 else 0 for i in (0, 1)), mask.stride(2))
         mask = mask.view(torch.int8) if mask.dtype == torch.bool else mask
-    attention_kernel[(units, splits, column_blocks)](
+    ahead.launch(
+        attention_kernel,
+        (units, splits, column_blocks),
         query,
         k_words,
         v_words,
@@ -254,7 +257,9 @@ def attend(
         **options,
     )
     if split:
-        combine_kernel[(units, queries * join * group)](
+        ahead.launch(
+            combine_kernel,
+            (units, queries * join * group),
             partial,
             state,
             out,
@@ -353,7 +358,9 @@ def store(
         launch = (FEW if sides * batch * heads * tokens < _MANY_SLOTS else MANY)[effort]
     device = x.device
     pdl = dependent_launch(device)
-    encode_kernel[(batch * heads, tokens, sides)](
+    ahead.launch(
+        encode_kernel,
+        (batch * heads, tokens, sides),
         x,
         position,
         words,

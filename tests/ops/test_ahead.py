@@ -3,17 +3,21 @@
 import re
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from hq_inductor import HyperQuantTensor  # noqa: E402
+from hq_inductor.format.kv import kv_layout  # noqa: E402
 from hq_inductor.format.layout import TileLayout  # noqa: E402
-from hq_inductor.ops import ahead, fused, linear, registry  # noqa: E402
+from hq_inductor.ops import ahead, fused, fused_kv, launch, registry  # noqa: E402
+from hq_inductor.passes.compile_ahead import compile_ahead  # noqa: E402
 
 ops = torch.ops.hyperquant
 H100 = GPUTarget("cuda", 90, 32)
@@ -40,20 +44,23 @@ def compiled(monkeypatch):
         bound = kernel.signature.bind(*args, **{name: value for name, value in options.items() if name in kernel.signature.parameters})
         found.append((kernel.__name__, dict(bound.arguments), {name: v for name, v in options.items() if name not in bound.arguments}))
 
-    for kernel in vars(fused).values():
+    for kernel in (*vars(fused).values(), *vars(fused_kv).values()):
         if hasattr(kernel, "warmup"):
             monkeypatch.setattr(kernel, "warmup", lambda *args, kernel=kernel, **options: warm_up(kernel, *args, **options))
-    for name in ("dependent_launch", "warpgroup_products"):
-        monkeypatch.setattr(fused, name, lambda device: True)
-    monkeypatch.setattr(linear, "fp8_products", lambda device: True)
-    monkeypatch.setattr(fused, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    remembered = [function for function in vars(launch).values() if hasattr(function, "cache_clear")]
+    for function in remembered:
+        function.cache_clear()
     for name in ("table", "kernel_tables"):
         monkeypatch.setattr(TileLayout, name, lambda self, device: torch.empty(2, 4096, dtype=torch.int32))
     monkeypatch.setattr(ahead, "_pool", Here)
     monkeypatch.setattr(ahead, "_target", lambda: H100)
     monkeypatch.setattr(ahead, "_cache_dir", lambda: "nowhere")
     monkeypatch.setattr(ahead, "_seen", set())
-    return found
+    yield found
+    for function in remembered:
+        function.cache_clear()
 
 
 def on_cuda(tensor):
@@ -72,9 +79,9 @@ def arguments(batch, mma="auto"):
     ("batch", "mma", "kernels"),
     [
         (1, "auto", ["rotate_quantize_kernel", "linear_kernel"]),
-        (64, "auto", ["rotate_kernel", "decode_kernel", "int8_matmul_kernel"]),
-        (64, "fp8", ["fp8_scale_kernel", "rotate_kernel", "decode_kernel"]),
-        (64, "bf16", ["rotate_kernel", "decode_kernel"]),
+        (300, "auto", ["rotate_kernel", "decode_kernel", "int8_matmul_kernel"]),
+        (300, "fp8", ["fp8_scale_kernel", "rotate_kernel", "decode_kernel"]),
+        (300, "bf16", ["rotate_kernel", "decode_kernel"]),
     ],
 )
 def test_compiles_what_a_call_launches(compiled, batch, mma, kernels):
@@ -90,6 +97,33 @@ def test_compiles_what_a_call_launches(compiled, batch, mma, kernels):
     ahead.wait_for_kernels()
     # read by this process
     assert [name for name, _, _ in compiled] == 2 * kernels
+
+
+def cache_graph():
+    """A graph that stores a token in a cache and attends to all, and one that passes it on."""
+    layout = kv_layout(128, 4.0).tile
+    code, words = layout.code, (1, 2, 512, layout.words)
+
+    def forward(query, k, v, k_words, v_words, k_exact, v_exact, length):
+        ops.kv_store_pair(k_words, v_words, k, v, length, "e8", 128, code, code, 1)
+        stored = (k_words, v_words, k_exact, v_exact, length)
+        return ops.kv_attention(query, *stored, None, None, 0.1, 4, 64, 0, "e8", 128, code, code)
+
+    with ahead.FakeTensorMode(), torch.no_grad():
+        states = [torch.empty(1, heads, 1, 128, dtype=torch.bfloat16, device="cuda") for heads in (8, 2, 2)]
+        packed = [torch.empty(words, dtype=torch.int32, device="cuda") for _ in range(2)]
+        exact = [torch.empty(1, 2, 68, 128, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+        length = torch.empty(1, dtype=torch.int64, device="cuda")
+        return make_fx(forward)(*states, *packed, *exact, length)
+
+
+def test_caches(compiled, monkeypatch):
+    monkeypatch.setattr(fused_kv, "_symbol_bits", lambda layout, device: torch.empty(16))
+    for name in ("lengths", "codewords"):
+        monkeypatch.setattr(TileLayout, name, lambda self, device: torch.empty(16, dtype=torch.int32))
+    assert compile_ahead(cache_graph().graph) == 2
+    ahead._under_way.clear()
+    assert [name for name, _, _ in compiled] == ["encode_kernel", "attention_kernel", "combine_kernel"]
 
 
 def test_once_for_layers_that_are_alike(compiled):
@@ -144,7 +178,8 @@ def test_worker_compiles_into_the_cache_and_leaves_no_trace(tmp_path):
     assert driver._active is before and triton.knobs.cache.dir == directory
 
 
-def test_no_launch_goes_another_way():
+@pytest.mark.parametrize(("module", "launches"), [(fused, 7), (fused_kv, 3)])
+def test_no_launch_goes_another_way(module, launches):
     """One that did would launch on fake tensors."""
-    source = Path(fused.__file__).read_text()
-    assert source.count("ahead.launch(") >= 7 and not re.search(r"kernel\w*\[", source)
+    source = Path(module.__file__).read_text()
+    assert source.count("ahead.launch(") == launches and not re.search(r"kernel\w*\[", source)

@@ -80,13 +80,15 @@ def test_default_rewrites_of_a_cuda_graph(rows, small, norm):
 
 def test_kernels_of_rewritten_layers_are_compiled_ahead(monkeypatch):
     calls = []
-    monkeypatch.setattr(compile_ahead_module, "compile_kernels_of", lambda function, args, kwargs: calls.append((function.__name__, args)))
+    monkeypatch.setattr(
+        compile_ahead_module, "compile_kernels_of", lambda function, args, kwargs: calls.append((function.__name__, kwargs))
+    )
     run = HyperQuantGraphPass(None)
     with configured(compile_ahead=False):
         run(cuda_graph(1, "rms"))
     assert not calls
     run(cuda_graph(1, "rms"))
-    assert [(name, len(args[1]), args[8]) for name, args in calls] == [
+    assert [(name, len(given["qdata"]), given["prologue"]) for name, given in calls] == [
         ("_rice_linear_fused_cuda", 2, "rms_norm_cast"),
         ("_rice_linear_fused_cuda", 1, "silu_mul"),
     ]
