@@ -7,17 +7,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
+import hq_inductor.compile  # noqa: E402
 from hq_inductor import HyperQuantTensor  # noqa: E402
 from hq_inductor.format.kv import kv_layout  # noqa: E402
 from hq_inductor.format.layout import TileLayout  # noqa: E402
 from hq_inductor.ops import ahead, fused, fused_kv, launch, registry  # noqa: E402
-from hq_inductor.passes.compile_ahead import compile_ahead  # noqa: E402
+from hq_inductor.passes.compile_ahead import _call, compile_ahead  # noqa: E402
+
+from ..passes.graphs import without_codegen  # noqa: E402
 
 ops = torch.ops.hyperquant
 H100 = GPUTarget("cuda", 90, 32)
@@ -99,31 +103,47 @@ def test_compiles_what_a_call_launches(compiled, batch, mma, kernels):
     assert [name for name, _, _ in compiled] == 2 * kernels
 
 
-def cache_graph():
-    """A graph that stores a token in a cache and attends to all, and one that passes it on."""
-    layout = kv_layout(128, 4.0).tile
-    code, words = layout.code, (1, 2, 512, layout.words)
+LAYOUT = kv_layout(128, 4.0).tile
 
-    def forward(query, k, v, k_words, v_words, k_exact, v_exact, length):
-        ops.kv_store_pair(k_words, v_words, k, v, length, "e8", 128, code, code, 1)
-        stored = (k_words, v_words, k_exact, v_exact, length)
-        return ops.kv_attention(query, *stored, None, None, 0.1, 4, 64, 0, "e8", 128, code, code)
 
-    with ahead.FakeTensorMode(), torch.no_grad():
-        states = [torch.empty(1, heads, 1, 128, dtype=torch.bfloat16, device="cuda") for heads in (8, 2, 2)]
-        packed = [torch.empty(words, dtype=torch.int32, device="cuda") for _ in range(2)]
-        exact = [torch.empty(1, 2, 68, 128, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
-        length = torch.empty(1, dtype=torch.int64, device="cuda")
-        return make_fx(forward)(*states, *packed, *exact, length)
+def cached(query, k, v, k_words, v_words, k_exact, v_exact, length):
+    """Store a token in a cache and attend to all."""
+    ops.kv_store_pair(k_words, v_words, k, v, length, "e8", 128, LAYOUT.code, LAYOUT.code, 1)
+    stored = (k_words, v_words, k_exact, v_exact, length)
+    return ops.kv_attention(query, *stored, None, None, 0.1, 4, 64, 0, "e8", 128, LAYOUT.code, LAYOUT.code)
+
+
+def cache(device):
+    states = [torch.zeros(1, heads, 1, 128, dtype=torch.bfloat16, device=device) for heads in (8, 2, 2)]
+    packed = [torch.zeros(1, 2, 512, LAYOUT.words, dtype=torch.int32, device=device) for _ in range(2)]
+    exact = [torch.zeros(1, 2, 68, 128, dtype=torch.bfloat16, device=device) for _ in range(2)]
+    return (*states, *packed, *exact, torch.ones(1, dtype=torch.int64, device=device))
 
 
 def test_caches(compiled, monkeypatch):
     monkeypatch.setattr(fused_kv, "_symbol_bits", lambda layout, device: torch.empty(16))
     for name in ("lengths", "codewords"):
         monkeypatch.setattr(TileLayout, name, lambda self, device: torch.empty(16, dtype=torch.int32))
-    assert compile_ahead(cache_graph().graph) == 2
+    with ahead.FakeTensorMode(), torch.no_grad():
+        graph = make_fx(cached)(*cache("cuda")).graph
+    assert compile_ahead(graph) == 2
     ahead._under_way.clear()
     assert [name for name, _, _ in compiled] == ["encode_kernel", "attention_kernel", "combine_kernel"]
+
+
+def test_ops_that_write_are_seen_as_inductor_has_them(monkeypatch):
+    """Functionalized: what they write to is in a list of its own."""
+    calls = []
+    monkeypatch.setattr(hq_inductor.compile, "compile_ahead", lambda graph: calls.extend(map(_call, graph.nodes)))
+    torch._dynamo.reset()
+    with torch.no_grad(), torch.compiler.config.patch(force_disable_caches=True):
+        torch.compile(cached, fullgraph=True, backend=without_codegen)(*cache("cpu"))
+    found = {op: given for op, given in calls if op is not None}
+    assert set(found) == {ops.kv_store_pair.default, ops.kv_attention.default}
+    store = found[ops.kv_store_pair.default]
+    shapes = {name: tuple(value.meta["val"].shape) for name, value in store.items() if isinstance(value, fx.Node)}
+    words, states = (1, 2, 512, LAYOUT.words), (1, 2, 1, 128)
+    assert shapes == {"k_words": words, "v_words": words, "k": states, "v": states, "position": (1,)} and store["effort"] == 1
 
 
 def test_once_for_layers_that_are_alike(compiled):
