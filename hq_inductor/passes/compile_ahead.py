@@ -9,7 +9,8 @@ from ..ops.ahead import compile_kernels_of
 from ..ops.registry import cuda_function
 from .arithmetic import value_of
 
-_LAYERS = tuple(getattr(torch.ops.hyperquant, name).default for name in ("rice_linear", "rice_linear_fused", "codes_linear"))
+_OPS = torch.ops.hyperquant
+_LAYERS = (_OPS.rice_linear.default, _OPS.rice_linear.no_grad, _OPS.rice_linear_fused.default, _OPS.codes_linear.default)
 
 
 def compile_ahead(graph: fx.Graph) -> int:
