@@ -83,9 +83,10 @@ def arguments(batch, mma="auto"):
     ("batch", "mma", "kernels"),
     [
         (1, "auto", ["rotate_quantize_kernel", "linear_kernel"]),
-        (300, "auto", ["rotate_kernel", "decode_kernel", "int8_matmul_kernel"]),
-        (300, "fp8", ["fp8_scale_kernel", "rotate_kernel", "decode_kernel"]),
-        (300, "bf16", ["rotate_kernel", "decode_kernel"]),
+        (64, "auto", ["rotate_quantize_kernel", "ring_linear_kernel"]),
+        (512, "auto", ["rotate_kernel", "decode_kernel", "int8_matmul_kernel"]),
+        (64, "fp8", ["fp8_scale_kernel", "rotate_kernel", "decode_kernel"]),
+        (64, "bf16", ["rotate_kernel", "decode_kernel"]),
     ],
 )
 def test_compiles_what_a_call_launches(compiled, batch, mma, kernels):
@@ -135,6 +136,7 @@ def test_ops_that_write_are_seen_as_inductor_has_them(monkeypatch):
     """Functionalized: what they write to is in a list of its own."""
     calls = []
     monkeypatch.setattr(hq_inductor.compile, "compile_ahead", lambda graph: calls.extend(map(_call, graph.nodes)))
+    hq_inductor.compile.install()
     torch._dynamo.reset()
     with torch.no_grad(), torch.compiler.config.patch(force_disable_caches=True):
         torch.compile(cached, fullgraph=True, backend=without_codegen)(*cache("cpu"))
