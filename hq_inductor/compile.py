@@ -3,8 +3,9 @@
 How.    As Inductor's pass for the devices "cpu" and "cuda" (`custom_backend_passes`), which runs after its own post-grad patterns. What
         was installed there before runs first. Not as `torch._inductor.config.post_grad_custom_post_pass` and the like: a user's
         `options=` replaces those.
-When.   The first HyperQuant layer that is traced installs them, since the import of Inductor's code generators takes a second that
+When.   The first HyperQuant layer or cache that is traced installs them, since the import of Inductor's code generators takes a second that
         nobody should pay who does not compile. The cache key of every graph compiled afterwards has `uuid()` in it.
+        On CUDA, Inductor's workers then begin to import what they need to compile our kernels (`hq_inductor.ops.ahead`).
 """
 
 from __future__ import annotations

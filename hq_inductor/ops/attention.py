@@ -22,7 +22,7 @@ from ..format.kv import exact_index
 from ..format.layout import TileLayout
 from .kv import check_words, load, slot_heads
 from .paging import cache_shape, check_page_table, gather_pages
-from .registry import check_floating, register
+from .registry import check_floating, register, traced
 
 # what is added to a score and takes its token out: kernels do not tell such scores from those of tokens that are not seen
 _HIDES = -1e30
@@ -273,6 +273,7 @@ def _kv_attention_fake(
     v_seed=0,
     page_table=None,
 ):
+    traced()
     layouts = (lattice, tile, k_code, v_code, dither, page_table)
     _check_attention(query, k_words, v_words, k_exact, v_exact, length, start, mask, sinks, window, sliding_window, *layouts)
     return query.new_empty(query.shape)

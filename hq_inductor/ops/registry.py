@@ -48,7 +48,7 @@ _on_first_trace: Callable[[], None] | None = None
 
 
 def on_first_trace(function: Callable[[], None] | None) -> None:
-    """What to call once, when a compiler first traces a layer; None: nothing. For what only those need who compile."""
+    """What to call once, when a compiler first traces a layer or a cache; None: nothing. For what only those need who compile."""
     global _on_first_trace
     _on_first_trace = function
 

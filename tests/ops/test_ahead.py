@@ -136,7 +136,6 @@ def test_ops_that_write_are_seen_as_inductor_has_them(monkeypatch):
     """Functionalized: what they write to is in a list of its own."""
     calls = []
     monkeypatch.setattr(hq_inductor.compile, "compile_ahead", lambda graph: calls.extend(map(_call, graph.nodes)))
-    hq_inductor.compile.install()
     torch._dynamo.reset()
     with torch.no_grad(), torch.compiler.config.patch(force_disable_caches=True):
         torch.compile(cached, fullgraph=True, backend=without_codegen)(*cache("cpu"))
