@@ -151,6 +151,9 @@ class Decoder:
         for layer in range(config.num_hidden_layers):
             keys, values = (torch.randn(shape, generator=generator, device=device, dtype=dtype) for _ in range(2))
             self.cache.update(keys, values, layer)
+        self.set_tokens(batch, device)
+
+    def set_tokens(self, batch: int, device: torch.device) -> None:
         self.tokens = torch.arange(batch, device=device)[:, None]
         torch._dynamo.mark_static_address(self.tokens)
 
@@ -202,6 +205,14 @@ def measure(
     return found
 
 
+def collect(device: torch.device) -> None:
+    """Give back what compiled steps held: graphs keep their memory until they are collected."""
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def table(results: list[Result]) -> str:
     scaled = any(result.layers != LAYERS for result in results)
     mark = f" (scaled to {LAYERS} layers)" if scaled else ""
@@ -249,11 +260,7 @@ def main() -> None:
     results = []
     for name in tqdm(weights, desc="weights"):
         results += measure(config, name, args.batches, args.context, args.steps, args.mode, device)
-        # graphs hold their memory until they are collected
-        torch._dynamo.reset()
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        collect(device)
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(
         f"{where}, torch {torch.__version__}, transformers {transformers.__version__}, mode {args.mode}, context {args.context}, "

@@ -70,7 +70,8 @@ def empty_kernels() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*[Oo]verrid", UserWarning)
         for key in ("CPU", "CUDA"):
-            library.impl("rice_linear", call, key, allow_override=True)
+            for overload in ("rice_linear", "rice_linear.no_grad"):
+                library.impl(overload, call, key, allow_override=True)
     try:
         yield
     finally:

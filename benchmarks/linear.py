@@ -1,7 +1,9 @@
 """Linear layers of Llama-3 8B and 70B on this GPU: ours by number format, and what else one could run.
 
-Each figure is the median of CUDA-graph replays of calls that take turns on copies of the weight that do not fit the L2 together,
-activations' transform and quantization included. python benchmarks/linear.py [--quick] [--tune] [--json FILE] [--plot FILE]
+"codes" are the same weights with `packing="codes"`, 8 bits each. Each figure is the median of CUDA-graph replays of calls that take turns
+on copies of the weight that do not fit the L2 together, activations' transform and quantization included.
+
+python benchmarks/linear.py [--quick] [--tune] [--json FILE] [--plot FILE]
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ BATCHES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096]
 QUICK_SHAPES, QUICK_BATCHES = [(4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192)], [1, 8, 16, 32, 64, 256, 1024, 4096]
 CALLS, REPLAYS = 12, 7
 OURS = ("int8", "auto", "fp8", "bf16")
+# packing="codes", 8 bits per weight
+CODES = {"codes int8": "int8", "codes fp8": "fp8"}
 
 
 def time_us(calls: list[Callable[[], object]]) -> float:
@@ -125,6 +129,7 @@ def measure(shapes, batches, bps: float) -> list[dict]:
     rows_out = []
     for rows, columns in tqdm(shapes, desc="shapes"):
         others, weights = peers(rows, columns), packed_weights(rows, columns, bps)
+        codes = {name: [w.repack("codes", mma=mma) for w in weights[: copies(rows * columns)]] for name, mma in CODES.items()}
         for batch in tqdm(batches, desc=f"{rows}x{columns}", leave=False):
             x = torch.randn(batch, columns, device="cuda", dtype=torch.bfloat16)
             times = {}
@@ -133,12 +138,14 @@ def measure(shapes, batches, bps: float) -> list[dict]:
                     continue
                 faces = [w._replace(mma=mma) for w in weights]
                 times[f"ours {mma}"] = time_us([lambda w=w, x=x: F.linear(x, w) for w in faces])
+            for name, faces in codes.items():
+                times[name] = time_us([lambda w=w, x=x: F.linear(x, w) for w in faces])
             for name, calls_of in others.items():
                 calls = calls_of(x)
                 if calls is not None:
                     times[name] = time_us(calls)
             rows_out.append({"N": rows, "K": columns, "M": batch, "time_us": {k: round(v, 2) for k, v in times.items()}})
-        del others, weights
+        del others, weights, codes
         torch.cuda.empty_cache()
     return rows_out
 

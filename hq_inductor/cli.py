@@ -112,6 +112,33 @@ def _print_description(report: dict) -> None:
     rate = "" if total["bits_per_weight"] is None else f" = {total['bits_per_weight']:.4f} bits/weight"
     print(f"{total['weights']} packed weights, {total['numel']:,} values, {total['size_bytes']:,} bytes{rate}{snr}")
     print(f"{total['other_tensors']} other tensors, {total['other_bytes']:,} bytes")
+    if "calibration" in report:
+        used = report["calibration"]
+        snr = used["output_snr_db"]
+        quality = "" if snr is None else f", SNR of the output on the next {used['held_out_tokens']}: {snr:.2f} dB"
+        print(f"calibrated on {used['tokens']:,} tokens of {used['text']}{quality}")
+
+
+def _quantize_calibrated(args: argparse.Namespace, source: Path, model_class, config) -> tuple:
+    """The model, quantized with text, and what the report says of it: the output's SNR on the text that follows."""
+    from transformers import AutoTokenizer
+
+    from .balance import run_model
+    from .integrations.transformers_calibration import calibration_batches, quantize_calibrated
+
+    model = model_class.from_pretrained(source, dtype=args.dtype).to(args.device).eval()
+    context = min(512, getattr(model.config.get_text_config(), "max_position_embeddings", None) or 512)
+    tokens = args.calibrate_tokens + context
+    *batches, held_out = calibration_batches(AutoTokenizer.from_pretrained(source), args.calibrate, tokens, context)
+    held_out = {name: x.to(model.device) for name, x in held_out.items()}
+    with torch.no_grad():
+        expected, _ = run_model(model, held_out)
+        quantize_calibrated(model, config, batches)
+        found, _ = run_model(model, held_out)
+    noise = (found.double() - expected.double()).square().sum().item()
+    snr = 10 * math.log10(expected.double().square().sum().item() / noise) if noise > 0 else None
+    used = {"text": Path(args.calibrate).name, "tokens": len(batches) * context, "held_out_tokens": context, "output_snr_db": snr}
+    return model, used
 
 
 def _rates(default, overrides: list[str], options: dict):
@@ -150,7 +177,11 @@ def quantize(args: argparse.Namespace) -> None:
     config = HyperQuantConfig(quant_type=_rates(args.bps, args.rate, options), modules_to_not_convert=args.keep)
     architecture = (AutoConfig.from_pretrained(source).architectures or [""])[0]
     model_class = getattr(transformers, architecture, AutoModel)
-    model = model_class.from_pretrained(source, quantization_config=config, dtype=args.dtype, device_map=args.device)
+    calibration = None
+    if args.calibrate:
+        model, calibration = _quantize_calibrated(args, source, model_class, config)
+    else:
+        model = model_class.from_pretrained(source, quantization_config=config, dtype=args.dtype, device_map=args.device)
     model.save_pretrained(target, max_shard_size=args.max_shard_size)
     # tokenizers, processors, chat templates: everything that is neither weights nor written above
     for file in source.iterdir():
@@ -160,8 +191,11 @@ def quantize(args: argparse.Namespace) -> None:
     if not checkpoint.packed:
         raise CommandError(f"no layer of {source} was quantized")
     originals = sorted(source.glob("*.safetensors"))
-    reference = PackedCheckpoint(originals) if originals and not args.no_snr else None
+    # balanced columns differ from the original ones by more than noise
+    reference = PackedCheckpoint(originals) if originals and not args.no_snr and calibration is None else None
     report = _describe(checkpoint, reference, {})
+    if calibration is not None:
+        report["calibration"] = calibration
     (target / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report)) if args.json else _print_description(report)
 
@@ -176,10 +210,14 @@ def inspect(args: argparse.Namespace) -> None:
     reference = PackedCheckpoint(_safetensors_files(Path(args.reference))) if args.reference else None
     stored: dict[str, float] = {}
     report_file = (path if path.is_dir() else path.parent) / REPORT_FILE
-    if reference is None and report_file.is_file():
-        saved = json.loads(report_file.read_text())
+    saved = json.loads(report_file.read_text()) if report_file.is_file() else {}
+    if reference is not None and "calibration" in saved:
+        raise CommandError(f"--reference must not be given for {path}: calibration scaled the columns that it would be compared with")
+    if reference is None and saved:
         stored = {row["name"]: row["snr_db"] for row in saved["weights"]} | {"": saved["total"]["snr_db"]}
     report = _describe(checkpoint, reference, stored)
+    if "calibration" in saved:
+        report["calibration"] = saved["calibration"]
     print(json.dumps(report)) if args.json else _print_description(report)
 
 
@@ -251,6 +289,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tile", type=int, help="coefficients that share a scale (default: chosen by layer)")
     p.add_argument("--seed", type=int, default=0, help="signs of the Hadamard transform (default 0)")
     p.add_argument("--balance-columns", action="store_true", help="scale columns before the rotation (16 more bits per column)")
+    p.add_argument("--calibrate", metavar="FILE", help='text, or .jsonl with "text", for column scales and error feedback (default: none)')
+    p.add_argument("--calibrate-tokens", type=int, default=4096, metavar="N", help="how much of it (default 4096)")
     p.add_argument("--effort", type=int, default=1, help="0 to 2, how hard the encoder tries (default 1)")
     p.add_argument("--dtype", default="auto", help="dtype of what is not quantized (default: the checkpoint's)")
     p.add_argument("--device", default="cpu", help="where to quantize (default cpu)")

@@ -17,7 +17,9 @@ from torch._dynamo import register_backend
 from torch._inductor.custom_graph_pass import CustomGraphModulePass
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .ops.ahead import prepare_workers
 from .ops.registry import on_first_trace
+from .passes.config import current_config
 from .passes.pipeline import rewrite, uuid
 
 DEVICES = ("cpu", "cuda")
@@ -65,6 +67,8 @@ def install() -> None:
         current = registry.get(device)
         if not isinstance(current, HyperQuantGraphPass):
             registry[device] = HyperQuantGraphPass(current)
+    if torch.cuda.is_initialized() and current_config().compile_ahead:
+        prepare_workers()
 
 
 def uninstall() -> None:

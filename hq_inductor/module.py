@@ -10,7 +10,10 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from .ops.linear import call_linear
 from .tensor import HyperQuantTensor, check_layout
+
+_PARTS = ("qdata", "act_pre_scale", "scale")
 
 
 class HyperQuantLinear(nn.Linear):
@@ -19,12 +22,14 @@ class HyperQuantLinear(nn.Linear):
     Attributes:
         qdata: `[out_features, tiles, words]` int32 parameter without gradient.
         act_pre_scale: `[in_features]` parameter without gradient, or None.
+        scale: int32 parameter without gradient of `packing="codes"` (then `qdata` is `[out_features, tiles, tile]`), or None.
         bias: as in `nn.Linear`.
         weight: the same data as a `HyperQuantTensor`; assigning one replaces the data.
     """
 
     qdata: nn.Parameter
     act_pre_scale: nn.Parameter | None
+    scale: nn.Parameter | None
 
     def __init__(self, *args, **kwargs):
         raise TypeError("make a HyperQuantLinear with HyperQuantLinear.from_linear(linear, weight)")
@@ -49,7 +54,7 @@ class HyperQuantLinear(nn.Linear):
 
     def _set_weight(self, weight: HyperQuantTensor) -> None:
         check_layout(weight)
-        for name in ("qdata", "act_pre_scale"):
+        for name in _PARTS:
             tensor = getattr(weight, name)
             self._parameters[name] = None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=False)
         self.weight_dtype = weight.dtype
@@ -58,11 +63,11 @@ class HyperQuantLinear(nn.Linear):
 
     @property
     def weight(self) -> HyperQuantTensor:
-        face = self._face(self.qdata, self.act_pre_scale)
+        face = self._face(self.qdata, self.act_pre_scale, self.scale)
         # a parameter, as of any linear layer: vLLM and peft register it elsewhere; shares the memory of `qdata`
         return face if torch.compiler.is_compiling() else nn.Parameter(face, requires_grad=False)
 
-    def _face(self, qdata: torch.Tensor, act_pre_scale: torch.Tensor | None) -> HyperQuantTensor:
+    def _face(self, qdata: torch.Tensor, act_pre_scale: torch.Tensor | None, scale: torch.Tensor | None) -> HyperQuantTensor:
         return HyperQuantTensor(
             qdata,
             (self.out_features, self.in_features),
@@ -75,6 +80,7 @@ class HyperQuantLinear(nn.Linear):
             format_version=self.format_version,
             mma=self.mma,
             act_pre_scale=act_pre_scale,
+            scale=scale,
         )
 
     def __setattr__(self, name: str, value) -> None:
@@ -94,14 +100,16 @@ class HyperQuantLinear(nn.Linear):
         """Deleting the weight leaves an ordinary linear layer without one, as peft and torchao expect before they assign another."""
         if name != "weight":
             return super().__delattr__(name)
-        for key in ("qdata", "act_pre_scale"):
+        for key in _PARTS:
             del self._parameters[key]
         self.__class__ = nn.Linear
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return torch.ops.hyperquant.rice_linear(
-            input, self.qdata, self.act_pre_scale, self.bias, self.lattice, self.tile, self.code, self.seed, self.mma
-        )
+        if self.scale is not None:
+            return torch.ops.hyperquant.codes_linear(
+                input, self.qdata, self.scale, self.act_pre_scale, self.bias, self.lattice, self.seed, self.mma
+            )
+        return call_linear(input, self.qdata, self.act_pre_scale, self.bias, self.lattice, self.tile, self.code, self.seed, self.mma)
 
     def _apply(self, fn, recurse: bool = True):
         # words have no floating dtype, but `model.half()` is expected to change what `weight.dtype` says
@@ -112,8 +120,7 @@ class HyperQuantLinear(nn.Linear):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        qdata = destination.pop(prefix + "qdata")
-        destination[prefix + "weight"] = self._face(qdata, destination.pop(prefix + "act_pre_scale", None))
+        destination[prefix + "weight"] = self._face(*(destination.pop(prefix + name, None) for name in _PARTS))
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs) -> None:
         state_dict, key = dict(state_dict), prefix + "weight"
@@ -127,7 +134,7 @@ class HyperQuantLinear(nn.Linear):
                 weight = self.weight
             elif assign:
                 self._set_weight(weight)
-            for name in ("qdata", "act_pre_scale"):
+            for name in _PARTS:
                 if getattr(weight, name) is not None:
                     state_dict[prefix + name] = getattr(weight, name)
         elif weight is not None:
@@ -139,13 +146,16 @@ class HyperQuantLinear(nn.Linear):
     def _incompatibility(self, weight: HyperQuantTensor, assign: bool) -> str | None:
         """Why `weight` cannot be loaded, or None. `assign` replaces the data, so only the logical shape must agree."""
         own = self.weight
-        names = ("shape",) if assign else ("shape", "bps", "lattice", "tile", "code", "seed")
+        names = ("shape",) if assign else ("shape", "bps", "lattice", "tile", "code", "seed", "packing")
         for name in names:
             if getattr(own, name) != getattr(weight, name):
                 return f"{name} must be {getattr(own, name)}, got {getattr(weight, name)}"
+        if not assign and own.qdata.dtype != weight.qdata.dtype:
+            return f"qdata must be {own.qdata.dtype}, got {weight.qdata.dtype}"
         if not assign and (own.act_pre_scale is None) != (weight.act_pre_scale is None):
             return "act_pre_scale must be present in both or in neither"
         return None
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, bps={self.bps:g}, lattice={self.lattice!r}, tile={self.tile}"
+        packing = "" if self.scale is None else ", packing='codes'"
+        return f"{super().extra_repr()}, bps={self.bps:g}, lattice={self.lattice!r}, tile={self.tile}{packing}"

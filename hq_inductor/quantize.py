@@ -12,6 +12,7 @@ from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
 from torchao.quantization.transform_module import register_quantize_module_handler
 
 from .balance import column_scale
+from .format.codes import check_packing
 from .format.mma import check_mma
 from .format.quantizer import check_effort
 from .format.rates import MAX_PADDING, check_rate, check_tile, weight_layout
@@ -37,6 +38,9 @@ class HyperQuantWeightConfig(AOBaseConfig):
         effort: 0, 1 or 2, how hard the encoder tries (`HyperQuantTensor.from_hp`); decoding is the same.
         check_values: refuse weights with NaN, inf or values too large. False is for servers that make room for packed weights by
             quantizing uninitialized memory.
+        packing: `"rice"`, words at `bps`. `"codes"`: the same weights as the tensor cores take them, for the fastest prefill: int8 codes in
+            8 + 32 / tile bits per weight, or with `mma="fp8"` e4m3 in 8 + 32 / K (`hq_inductor.format.codes`); `bps` is then the rate whose
+            precision they have, and 6 costs no more than 2.
 
     Raises:
         ValueError, TypeError: an argument is out of range.
@@ -51,12 +55,14 @@ class HyperQuantWeightConfig(AOBaseConfig):
     mma: str = "auto"
     effort: int = 1
     check_values: bool = True
+    packing: str = "rice"
 
     def __post_init__(self) -> None:
         check_rate(self.bps, self.lattice)
         check_tile(self.tile)
         check_effort(self.effort)
         check_mma(self.mma)
+        check_packing(self.packing, self.mma)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**31:
             raise ValueError(f"seed must be an integer from 0 to 2**31 - 1, got {self.seed!r}")
         if not isinstance(self.balance_columns, bool):
@@ -77,6 +83,7 @@ def hyperquant_weight(
     mma: str = "auto",
     effort: int = 1,
     check_values: bool = True,
+    packing: str = "rice",
     allocation: str = "uniform",
 ) -> HyperQuantWeightConfig:
     """The config for `quantize_(model, hyperquant_weight(bps=4))`.
@@ -96,7 +103,7 @@ def hyperquant_weight(
         )
     if allocation != "uniform":
         raise ValueError(f'allocation must be "uniform" (or allocate_rates be used), got {allocation!r}')
-    return HyperQuantWeightConfig(bps, lattice, tile, seed, balance_columns, max_padding, mma, effort, check_values)
+    return HyperQuantWeightConfig(bps, lattice, tile, seed, balance_columns, max_padding, mma, effort, check_values, packing)
 
 
 def why_left_alone(in_features: int, config: HyperQuantWeightConfig) -> str | None:
@@ -134,7 +141,17 @@ def _quantize_module(module: nn.Module, config: HyperQuantWeightConfig, *, param
     # from `hq_inductor.measure_moments`
     moments = getattr(module, "input_moments", None)
     packed = HyperQuantTensor.from_hp(
-        weight, config.bps, config.lattice, config.tile, config.seed, scale, config.mma, config.effort, config.check_values, moments
+        weight,
+        config.bps,
+        config.lattice,
+        config.tile,
+        config.seed,
+        scale,
+        config.mma,
+        config.effort,
+        config.check_values,
+        moments,
+        config.packing,
     )
     for name in ("balance_scale", "input_moments"):
         if name in module._buffers:

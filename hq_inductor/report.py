@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from .module import HyperQuantLinear
@@ -60,6 +61,12 @@ class QuantizationReport:
         return "\n".join(lines)
 
 
+def _stored_as(weight: HyperQuantTensor) -> str:
+    if weight.packing == "rice":
+        return ""
+    return ", as e4m3" if weight.qdata.dtype == torch.uint8 else ", as int8 codes"
+
+
 def quantization_report(model: nn.Module) -> QuantizationReport:
     """Report every matrix of the linear layers in a model, quantized or not, and every other quantized parameter."""
     weights = []
@@ -70,7 +77,7 @@ def quantization_report(model: nn.Module) -> QuantizationReport:
         for key, weight in found.items():
             full = f"{name}.{key}" if name else key
             if isinstance(weight, HyperQuantTensor):
-                form = f"{weight.lattice} at {weight.bps:g} bps, tile {weight.tile}"
+                form = f"{weight.lattice} at {weight.bps:g} bps, tile {weight.tile}" + _stored_as(weight)
                 weights.append(WeightReport(full, tuple(weight.shape), weight.size_bytes, form, True))
             elif isinstance(module, nn.Linear) and key == "weight" and weight.dim() == 2:
                 size = weight.numel() * weight.element_size()

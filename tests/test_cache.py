@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hq_inductor.cache import KVConfig, QuantizedKV, kv_attention, kv_encode
+from hq_inductor.cache import KVConfig, QuantizedKV, kv_attention, kv_encode, kv_encode_pair
 from hq_inductor.format.kv import kv_layout
 from hq_inductor.format.rotation import ROTATIONS, rotation_matrix
 
@@ -269,6 +269,26 @@ def test_functions_alone():
     assert 9 < snr_db(expected, out) < 40
     near = kv_attention(query, *words, *exact, torch.tensor([9]), layout, layout, rotation, rotation, sinks=1, window=4, sliding_window=4)
     assert torch.allclose(near, F.scaled_dot_product_attention(query, k[:, :, 5:], v[:, :, 5:], enable_gqa=True), atol=1e-5)
+
+
+@pytest.mark.parametrize("v_bps", [3, 2])
+def test_a_pair_is_keys_and_values_encoded(v_bps):
+    layouts = kv_layout(64, 3), kv_layout(64, v_bps)
+    k, v = states(9, batch=1, head_dim=64)
+    rotations = [rotation_matrix("haar", 64, role=role) for role in "kv"]
+    offset, position = torch.randn(1, 2, 1, 64), torch.arange(9)
+
+    def empty():
+        words = [torch.zeros(1, 1, 16, layout.tile.words, dtype=torch.int32) for layout in layouts]
+        return *words, *(torch.zeros(1, 2, 5, 64) for _ in range(2))
+
+    pair, alone = empty(), empty()
+    kv_encode_pair(*pair, k, v, position, *layouts, *rotations, sinks=1, window=4, k_offset=offset, k_gain=1.25)
+    kv_encode(*alone[::2], k, position, layouts[0], rotations[0], sinks=1, window=4, offset=offset, gain=1.25)
+    kv_encode(*alone[1::2], v, position, layouts[1], rotations[1], sinks=1, window=4)
+    assert all(torch.equal(a, b) and a.any() for a, b in zip(pair, alone, strict=True))
+    with pytest.raises(ValueError, match="v must have head_dim=64, got 32"):
+        kv_encode_pair(*pair, k, v[..., :32], position, *layouts, sinks=1, window=4)
 
 
 def test_compiled_step_is_one_graph_and_agrees():

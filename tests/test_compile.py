@@ -68,9 +68,9 @@ def test_graph_takes_plain_tensors_and_one_op_per_layer():
     assert_expected_inline(
         "\n".join(f"{n.op} {n.target}" for n in gm.graph.nodes if n.op != "placeholder"),
         """\
-call_function hyperquant.rice_linear
+call_function hyperquant.rice_linear.default
 call_function <built-in function gelu>
-call_function hyperquant.rice_linear
+call_function hyperquant.rice_linear.default
 output output""",
     )
 

@@ -60,3 +60,12 @@ def test_generate():
     six, two = (float(kl) for kl in re.findall(r"KL ([\d.]+) millinats", out))
     assert six < two < 100
     assert "= 6 bits per value, 2.67 times fewer" in out and "= 2 bits per value, 8.00 times fewer" in out
+
+
+def test_serving():
+    pytest.importorskip("transformers", minversion="5")
+    out = run("serving.py", "--ranks", "2")
+    # half of 14 layers at 4 bits on each rank
+    assert "2 processes, 294,912 bytes of packed weights on each" in out
+    tokens = re.findall(r"(?:transformers|loaded shards) +\[([\d, ]+)\]", out)
+    assert len(tokens) == 2 and tokens[0] == tokens[1] and len(set(tokens[0].split(", "))) > 3

@@ -103,6 +103,50 @@ def test_int8_of_large_batches(lattice, rows, columns, tile):
         assert (found - exact).abs().max() / exact.abs().max() < torch.finfo(torch.bfloat16).eps
 
 
+@pytest.mark.parametrize(
+    ("lattice", "rows", "columns", "tile"),
+    [*((lattice, 1000, 4096, None) for lattice in LATTICES), ("e8", 33, 896, 896), ("a2", 300, 384, 128)],
+)
+def test_int8_codes(lattice, rows, columns, tile):
+    """`packing="codes"`: the fused kernel's layer, for one row and for many, with nothing decoded."""
+    words = HyperQuantTensor.from_hp(torch.randn(rows, columns, device="cuda"), lattice=lattice, tile=tile)
+    codes = words.repack("codes")
+    assert torch.equal(codes.qdata.cpu(), words.to("cpu").repack("codes").qdata) and torch.equal(codes.repack("rice").qdata, words.qdata)
+    for batch in (1, 5, 64, 65, 1000):
+        x = torch.randn(batch, columns, device="cuda").to(torch.bfloat16)
+        found, exact = nn.functional.linear(x, codes).double(), int8_linear_in_double(x, words)
+        assert (found - exact).abs().max() / exact.abs().max() < torch.finfo(torch.bfloat16).eps
+    x, bias = torch.randn(7, columns, device="cuda"), torch.randn(rows, device="cuda")
+    torch.testing.assert_close(nn.functional.linear(x, codes, bias), nn.functional.linear(x, words, bias), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(("rows", "dtype"), [(256, torch.bfloat16), (100, torch.bfloat16), (256, torch.float16), (256, torch.float32)])
+def test_e4m3_codes(rows, dtype):
+    """The library's product where it takes the shape and dtype, and what stands in elsewhere: the rounding of the CPU."""
+    codes = HyperQuantTensor.from_hp(torch.randn(rows, 1024), mma="fp8", packing="codes")
+    on_gpu = HyperQuantTensor.from_hp(torch.zeros(rows, 1024, device="cuda"), mma="fp8", packing="codes")
+    on_gpu.copy_(codes)
+    for batch in (1, 40, 300):
+        x, bias = torch.randn(batch, 1024).to(dtype), torch.randn(rows).to(dtype)
+        found = nn.functional.linear(x.cuda(), on_gpu, bias.cuda()).cpu().double()
+        exact = nn.functional.linear(x.double(), codes.dequantize(torch.float64), bias.double())
+        emulated = nn.functional.linear(x, codes, bias).double()
+        error, expected = (found - exact).norm() / exact.norm(), (emulated - exact).norm() / exact.norm()
+        assert found.isfinite().all() and error < 1.15 * expected + torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize("mma", ["auto", "fp8"])
+def test_codes_compile_into_cuda_graphs(mma):
+    torch.use_deterministic_algorithms(False)
+    model = nn.Sequential(nn.Linear(1024, 1024), nn.SiLU(), nn.Linear(1024, 512)).cuda().to(torch.bfloat16)
+    quantize_(model, hyperquant_weight(packing="codes", mma=mma))
+    compiled = torch.compile(model, mode="reduce-overhead")
+    with torch.no_grad():
+        for batch in (1, 1, 1, 100, 100):
+            x = torch.randn(batch, 1024, device="cuda", dtype=torch.bfloat16)
+            torch.testing.assert_close(compiled(x).clone(), model(x), rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize(("lattice", "bps"), [("e8", 2.0), ("e8", 6.0), *((lattice, 4.0) for lattice in LATTICES)])
 def test_fp8_operands(lattice, bps):
     """e4m3 of weights and activations: within a rounding of e4m3 (and of fp16, through which weights go)."""

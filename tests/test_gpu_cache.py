@@ -91,14 +91,14 @@ def test_paged_steps_in_a_cuda_graph(head_dim):
     assert paged.length.tolist() == lengths == [50, 5]
 
 
-def model_and_prompts(dtype, batch):
+def model_and_prompts(dtype, batch, padded, layers=2):
     transformers = pytest.importorskip("transformers", minversion="5")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=64,
         hidden_size=256,
         intermediate_size=256,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=128,
@@ -109,17 +109,17 @@ def model_and_prompts(dtype, batch):
     model = transformers.LlamaForCausalLM(config).eval().to("cuda", dtype)
     tokens = torch.randint(1, 64, (batch, 12), device="cuda")
     mask = torch.ones_like(tokens)
-    for row in range(1, batch):
-        mask[row, : row % 7] = 0
+    for row in range(batch if padded else 0):
+        mask[row, : (row + 3) % 7] = 0
     return model, {"input_ids": tokens * mask, "attention_mask": mask, "do_sample": False, "max_new_tokens": 40}
 
 
-@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize(("batch", "padded"), [(1, False), (1, True), (8, True)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_generate_in_cuda_graphs_is_eager_generate(batch, dtype):
+def test_generate_in_cuda_graphs_is_eager_generate(batch, padded, dtype):
     from hq_inductor.integrations.transformers_cache import HyperQuantCache
 
-    model, arguments = model_and_prompts(dtype, batch)
+    model, arguments = model_and_prompts(dtype, batch, padded)
     eager, compiled = (
         model.generate(
             **arguments,
@@ -140,18 +140,22 @@ def test_generate_in_cuda_graphs_is_eager_generate(batch, dtype):
         assert (a[row, :until] - b[row, :until]).abs().max() < 0.1 * a.std()
 
 
-def test_memory_does_not_grow():
-    cache = caches(2, 2, 128, torch.bfloat16)[1]
-    k, v = (torch.randn(2, 2, 1, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    query = torch.randn(2, 8, 1, 128, device="cuda", dtype=torch.bfloat16)
+def test_memory_does_not_grow_in_ten_thousand_steps():
+    """`generate` in CUDA graphs: what is allocated after the last step is what was after the first hundred, and the ids and their mask."""
+    from hq_inductor.integrations.transformers_cache import HyperQuantCache
 
-    def steps(count):
-        for _ in range(count):
-            cache.store(k, v)
-            cache.attend(query)
-            cache.crop(1)
-        torch.cuda.synchronize()
-        return torch.cuda.memory_allocated()
+    model, arguments = model_and_prompts(torch.bfloat16, 2, True, layers=1)
+    steps, allocated = 10_000, []
 
-    first = steps(5)
-    assert steps(2000) == first
+    def record(input_ids, scores, **kwargs):
+        if input_ids.shape[1] - 12 in (100, steps):
+            torch.cuda.synchronize()
+            allocated.append(torch.cuda.memory_allocated())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    cache = HyperQuantCache(model.config, 12 + steps, window=8, sinks=2)
+    out = model.generate(**{**arguments, "max_new_tokens": steps}, past_key_values=cache, stopping_criteria=[record])
+    assert out.shape == (2, 12 + steps) and cache.layers[0].states.length.item() == 12 + steps - 1
+    first, last = allocated
+    # the ids and the mask, each with the next one; a kept tensor of the least size would be 5 MB
+    assert last - first < 2 * 2 * 2 * 8 * steps + (1 << 20)

@@ -281,7 +281,7 @@ def test_store_is_as_good_as_the_reference(bps, tile, head_dim, effort):
     ],
 )
 def test_store_in_place(head_dim, tile, kv_heads, dtype):
-    """Joined heads, strides, positions out of range, vectors of zeros, outliers, NaN."""
+    """Joined heads, strides, positions out of range, vectors of zeros, outliers, NaN; and another x in the same launch."""
     from hq_inductor.ops.fused_kv import store
 
     layout, join = layout_of(3.0, head_dim), tile // head_dim
@@ -292,7 +292,10 @@ def test_store_in_place(head_dim, tile, kv_heads, dtype):
     x[0, 0, 3, :3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
     position = torch.tensor([39, 0, 7, 8, -1, 40], device="cuda")
     words = torch.full((2, heads, max_tokens, layout.words), 77, dtype=torch.int32, device="cuda")
-    store(words, x, position, layout, 1)
+    other, beside, alone = torch.randn_like(x), words.clone(), words.clone()
+    store(words, x, position, layout, 1, other=(beside, other))
+    store(alone, other, position, layout, 1)
+    assert torch.equal(beside, alone) and not torch.equal(beside, words)
     padded = torch.zeros(2, heads * join, 6, head_dim, device="cuda")
     padded[:, :kv_heads] = x.float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     slots = padded.unflatten(1, (heads, join)).transpose(2, 3).flatten(-2)[:, :, :4]
@@ -310,18 +313,17 @@ def test_store_in_place(head_dim, tile, kv_heads, dtype):
 
 def test_store_and_attention_in_a_graph():
     """A step of decoding: store at a position and attend up to it, replayed while both move; the same as eager."""
-    from hq_inductor.ops.fused_kv import attend, store
+    from hq_inductor.ops.fused_kv import attend
 
     torch.use_deterministic_algorithms(False)
     layout = layout_of(4.0)
     words = [torch.zeros(1, 2, 64, layout.words, dtype=torch.int32, device="cuda") for _ in range(2)]
     exact = [torch.empty(1, 2, 0, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
-    x, query = (torch.randn(1, n, 1, 128, device="cuda", dtype=torch.bfloat16) for n in (2, 8))
+    x, y, query = (torch.randn(1, n, 1, 128, device="cuda", dtype=torch.bfloat16) for n in (2, 2, 8))
     position = torch.zeros(1, dtype=torch.int64, device="cuda")
 
     def step():
-        for side in words:
-            store(side, x, position, layout, 1)
+        torch.ops.hyperquant.kv_store_pair(*words, x, y, position, "e8", 128, layout.code, layout.code, 1)
         return attend(query, *words, *exact, position + 1, None, None, 0.1, 0, 0, 0, layout, layout)
 
     step()
@@ -331,7 +333,9 @@ def test_store_and_attention_in_a_graph():
         found = step()
     for n in range(60):
         x.normal_()
+        y.normal_()
         position.fill_(n)
         graph.replay()
     check(found, attend_ref(query, *words, *exact, torch.tensor([60]), None, None, 0.1, 0, 0, 0, layout, layout))
-    assert words[0][:, :, :60].ne(0).any(-1).all() and words[0][:, :, 60:].eq(0).all()
+    for side in words:
+        assert side[:, :, :60].ne(0).any(-1).all() and side[:, :, 60:].eq(0).all()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hq_inductor import HyperQuantTensor
-from hq_inductor.ops.prologue import GATES, NORMS, PROLOGUES, Prologue
+from hq_inductor.ops.prologue import GATES, LAYER_NORMS, NORMS, PROLOGUES, Prologue
 from hq_inductor.passes import configured
 
 from .passes.graphs import ALL, NONE, Compiled, LlamaBlock, quantized
@@ -40,7 +40,10 @@ def test_fused_op_equals_its_layers(name, mma):
     bound = 6e-2 if mma == "fp8" else 2e-2
     for batch in (1, 5, 40, 300):
         x, gate = cuda(batch, FEATURES) + 1, cuda(batch, 2 * FEATURES)[:, FEATURES:] if name in GATES else None
-        gain, shift = cuda(FEATURES) if name in NORMS else None, cuda(FEATURES) if name == "layer_norm" else None
+        # of a modulation as of a merged layer's output, one for all rows or for each
+        rows = (batch, 2 * FEATURES) if name == "layer_norm_1p" else (2 * FEATURES,)
+        gain = cuda(*rows)[..., FEATURES:] if name in NORMS else None
+        shift = cuda(*rows)[..., :FEATURES] if name in LAYER_NORMS else None
         activations = Prologue(name, gate, gain, shift, 1e-5).apply(x)
         expected = [
             ops.rice_linear(activations, w.qdata, scale, b, w.lattice, w.tile, w.code, w.seed, mma)
@@ -92,3 +95,29 @@ def test_one_graph_for_decode_and_prefill():
         for shape in ((2, 5), (9, 4), (3, 170)):
             x = cuda(*shape, 128)
             close(compiled.model(x), model(x))
+
+
+@pytest.mark.parametrize(("batch", "mma"), [(1, "auto"), (48, "auto"), (48, "fp8"), (48, "bf16")])
+def test_what_is_compiled_ahead_is_what_is_launched(batch, mma):
+    """Workers compile all; this process finds it on disk, and has nothing left to compile at the launch."""
+    import triton
+
+    from hq_inductor.ops import ahead, fused
+    from hq_inductor.ops.registry import cuda_function
+
+    def compiled():
+        kernels = [kernel for kernel in vars(fused).values() if hasattr(kernel, "device_caches")]
+        return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())
+
+    # a seed of its own: nothing else has compiled the kernels that rotate
+    weight = HyperQuantTensor.from_hp(torch.randn(64, 512, device="cuda"), bps=2.625, seed=1000 + batch, mma=mma)
+    args = (cuda(batch, 512), weight.qdata, None, None, weight.lattice, weight.tile, weight.code, weight.seed, mma)
+    before, hits = compiled(), []
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.listener = lambda **given: hits.append(given["cache_hit"])
+        ahead.compile_kernels_of(cuda_function(ops.rice_linear.default), args, {})
+        assert ahead._under_way and compiled() == before
+        ahead.wait_for_kernels()
+        ready = compiled()
+        ops.rice_linear(*args)
+    assert compiled() == ready > before and hits and all(hits)

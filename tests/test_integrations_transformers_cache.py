@@ -1,3 +1,4 @@
+import gc
 import logging
 
 import pytest
@@ -123,8 +124,11 @@ def test_compiled_generate_is_eager_generate(batch, padded):
     assert torch.equal(eager, compiled)
     names = [str(node.target) for node in graphs[0].graph.nodes]
     assert len(graphs) == 1
-    # per layer: keys and values stored, one attention, and nothing decodes the cache
-    assert sum("kv_store" in name for name in names) == 4 and sum("kv_attention" in name for name in names) == 2
+    # per layer: keys and values stored at once, one attention, and nothing decodes the cache
+    assert (
+        sum("kv_store_pair" in name for name in names) == sum("kv_store" in name for name in names) == 2
+        and sum("kv_attention" in name for name in names) == 2
+    )
     assert not any("kv_load" in name for name in names)
 
 
@@ -140,6 +144,25 @@ def test_quantization_shows_at_low_rates_only():
     _, exact = dense_logits(model, inputs, StaticCache(model.config, 48))
     errors = [(dense_logits(model, inputs, coded(model, bps=bps))[1][:, 1] - exact[:, 1]).square().mean().item() for bps in (6, 4, 2)]
     assert 0 < errors[0] < errors[1] < errors[2] and errors[0] < 1e-2 * exact[:, 1].var().item()
+
+
+def test_generate_keeps_nothing_per_step():
+    """Storage of all tensors that Python reaches, between step 5 and step 45: what `generate` knows of each token grows, nothing else."""
+    model, inputs = tiny(kv_heads=1, head_dim=128), prompts(1, False)
+    cache, held = HyperQuantCache(model.config, 64, window=4, sinks=1, effort=0), {}
+
+    def record(input_ids, scores, **kwargs):
+        step = input_ids.shape[1] - 12
+        if step in (5, 45):
+            gc.collect()
+            storages = [x.untyped_storage() for x in gc.get_objects() if type(x) is torch.Tensor and x.device.type == "cpu"]
+            held[step] = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+    model.generate(**inputs, past_key_values=cache, max_new_tokens=45, do_sample=False, disable_compile=True, stopping_criteria=[record])
+    assert cache.get_seq_length() == 12 + 45 - 1
+    # ids, mask and, in some versions, positions; one row of hidden states kept per step would be 20 kB
+    assert held[45] - held[5] <= 40 * 8 * 3
 
 
 def test_beam_search():

@@ -220,3 +220,44 @@ def test_linear_refuses_wrong_features():
 def test_unsupported_operation_is_named():
     with pytest.raises(NotImplementedError, match=r"aten\.cos"):
         torch.cos(HyperQuantTensor.from_hp(torch.randn(4, 512)))
+
+
+VIEWS = {
+    "t": lambda w, s, x: w.t(),
+    "transpose": lambda w, s, x: s.transpose(1, 2),
+    "mT": lambda w, s, x: s.mT,
+    "select": lambda w, s, x: s[1],
+    "unbind": lambda w, s, x: list(s)[2],
+    "rows": lambda w, s, x: w[8:16],
+    "columns": lambda w, s, x: w[:, 256:],
+    "narrow": lambda w, s, x: w.narrow(0, 8, 16),
+    "chunk": lambda w, s, x: w.chunk(2, dim=1)[1],
+    "split": lambda w, s, x: w.split(16)[1],
+    "view": lambda w, s, x: s.view(-1, 512),
+    "unflatten": lambda w, s, x: w.unflatten(0, (2, 16)),
+    "detach": lambda w, s, x: w.detach(),
+    "product": lambda w, s, x: x[0] @ w.t(),
+    "batched product": lambda w, s, x: torch.bmm(x, s.mT),
+    "linear of one": lambda w, s, x: F.linear(x[0], s[0]),
+}
+
+
+@pytest.mark.parametrize("loaded", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("function", VIEWS.values(), ids=VIEWS.keys())
+def test_views_in_inference_mode(function, loaded):
+    """Whether the weight was made inside of the mode or outside."""
+    torch.manual_seed(0)
+    w, s, x = torch.randn(32, 512), torch.randn(3, 32, 512), torch.randn(3, 5, 512)
+
+    def weights():
+        return HyperQuantTensor.from_hp(w, tile=256), HyperQuantTensor.from_hp(s, tile=256)
+
+    expected = function(*weights(), x)
+    with loaded():
+        packed = weights()
+    with torch.inference_mode():
+        found = function(*packed, x)
+        if isinstance(found, HyperQuantTensor):
+            assert found.shape == expected.shape and found.qdata.untyped_storage().data_ptr() in {t.qdata.data_ptr() for t in packed}
+            found, expected = found.dequantize(), expected.dequantize()
+        assert torch.equal(found, expected)

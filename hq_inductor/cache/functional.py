@@ -1,7 +1,8 @@
-"""A coded KV cache as two functions of plain tensors, for code that owns its buffers and positions.
+"""A coded KV cache as functions of plain tensors, for code that owns its buffers and positions.
 
-Definition.  `kv_encode` subtracts an offset from new keys or values, rotates them, writes them to slots and exact buffers; `kv_attention`
-             rotates queries, attends over both (`hq_inductor.ops.attention`) and rotates the result back.
+Definition.  `kv_encode` subtracts an offset from new keys or values, rotates them, writes them to slots and exact buffers, `kv_encode_pair`
+             does both, in one launch where keys and values have one rate; `kv_attention` rotates queries, attends over both
+             (`hq_inductor.ops.attention`) and rotates the result back.
 Invariants.  No host sync, static shapes. Tokens beyond the end of the cache are dropped.
 """
 
@@ -61,16 +62,72 @@ def kv_encode(
         ValueError, TypeError: shapes, dtypes or rates do not fit together.
     """
     _check_words("words", words, layout)
-    if x.shape[-1] != layout.head_dim:
-        raise ValueError(f"x must have head_dim={layout.head_dim}, got {x.shape[-1]}")
-    x = rotate(x if offset is None else (x - offset).to(x.dtype), rotation)
+    x = _rotated("x", x, layout, rotation, offset)
     lattice, tile, code = layout.tile.lattice, layout.tile.tile, layout.tile.code
     scaled = x if gain == 1 else x * gain
     torch.ops.hyperquant.kv_store(words, scaled, position, lattice, tile, code, effort, dither, seed, page_table)
-    index = exact_index(position, sinks, window)
+    write_rows(exact, _exact_places(position, cache_shape(words, page_table)[1], sinks, window), x.to(exact.dtype))
+
+
+def _rotated(name: str, x: torch.Tensor, layout: KVLayout, rotation: torch.Tensor | None, offset: torch.Tensor | None) -> torch.Tensor:
+    if x.shape[-1] != layout.head_dim:
+        raise ValueError(f"{name} must have head_dim={layout.head_dim}, got {x.shape[-1]}")
+    return rotate(x if offset is None else (x - offset).to(x.dtype), rotation)
+
+
+def _exact_places(position: torch.Tensor, max_tokens: int, sinks: int, window: int) -> torch.Tensor:
+    """Where new tokens go in the exact buffers, -1 for nowhere."""
     newest = (position < sinks) | (position > position[..., -1:] - window)
-    inside = (position >= 0) & (position < cache_shape(words, page_table)[1])
-    write_rows(exact, torch.where(newest & inside, index, -1), x.to(exact.dtype))
+    inside = (position >= 0) & (position < max_tokens)
+    return torch.where(newest & inside, exact_index(position, sinks, window), -1)
+
+
+@torch.no_grad()
+def kv_encode_pair(
+    k_words: torch.Tensor,
+    v_words: torch.Tensor,
+    k_exact: torch.Tensor,
+    v_exact: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    position: torch.Tensor,
+    k_layout: KVLayout,
+    v_layout: KVLayout,
+    k_rotation: torch.Tensor | None = None,
+    v_rotation: torch.Tensor | None = None,
+    *,
+    sinks: int,
+    window: int,
+    k_offset: torch.Tensor | None = None,
+    k_gain: float = 1.0,
+    effort: int = 1,
+    dither: str | None = None,
+    k_seed: int = 0,
+    v_seed: int = 0,
+    page_table: torch.Tensor | None = None,
+) -> None:
+    """`kv_encode` of the keys and the values of the same tokens.
+
+    Args:
+        k_words, k_exact, k, k_layout, k_rotation, k_offset, k_gain, k_seed: as `words` and so on of `kv_encode`; those of v alike.
+        position, sinks, window, effort, dither, page_table: as for `kv_encode`.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or rates do not fit together.
+    """
+    _check_words("k_words", k_words, k_layout)
+    _check_words("v_words", v_words, v_layout)
+    k = _rotated("k", k, k_layout, k_rotation, k_offset)
+    v = _rotated("v", v, v_layout, v_rotation, None)
+    tile = k_layout.tile
+    scaled = k if k_gain == 1 else k * k_gain
+    codes = tile.code, v_layout.tile.code
+    torch.ops.hyperquant.kv_store_pair(
+        k_words, v_words, scaled, v, position, tile.lattice, tile.tile, *codes, effort, dither, k_seed, v_seed, page_table
+    )
+    places = _exact_places(position, cache_shape(k_words, page_table)[1], sinks, window)
+    write_rows(k_exact, places, k.to(k_exact.dtype))
+    write_rows(v_exact, places, v.to(v_exact.dtype))
 
 
 @torch.no_grad()

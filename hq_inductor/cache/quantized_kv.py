@@ -1,6 +1,6 @@
 """The KV cache of one attention layer.
 
-Definition.  `QuantizedKV` holds slots, exact tokens and their number, and calls `kv_encode` and `kv_attention`
+Definition.  `QuantizedKV` holds slots, exact tokens and their number, and calls `kv_encode_pair` and `kv_attention`
              (`hq_inductor.cache.functional`).
 Invariants.  All tensors are allocated once and changed in place; the number of tokens is a tensor on the device. So a step has static
              shapes, needs no host sync, and compiles into one graph or a CUDA graph. What does not fit is refused before anything is
@@ -22,7 +22,7 @@ from ..format.rotation import role_seed, rotation_matrix
 from ..ops.attention import merge_exact
 from ..ops.kv import write_rows
 from .config import KVConfig
-from .functional import kv_attention, kv_encode, rotate
+from .functional import kv_attention, kv_encode_pair, rotate
 
 # kernels read slots of this many tokens at a time
 TOKEN_BLOCK = 16
@@ -163,28 +163,30 @@ class QuantizedKV:
             self._counted += tokens
 
     def _write(self, k: torch.Tensor, v: torch.Tensor, position: torch.Tensor) -> None:
-        """`kv_encode` of both, at positions `[S]` or `[B, S]`."""
+        """`kv_encode_pair`, at positions `[S]` or `[B, S]`."""
         config = self.config
-        for words, exact, x, layout, rotation, offset, gain, seed in (
-            (self.k_words, self.k_exact, k, self.k_layout, self.k_rotation, self.k_offset, self.k_gain, self.k_seed),
-            (self.v_words, self.v_exact, v, self.v_layout, self.v_rotation, None, 1.0, self.v_seed),
-        ):
-            kv_encode(
-                words,
-                exact,
-                x,
-                position,
-                layout,
-                rotation,
-                sinks=config.sinks,
-                window=config.window,
-                offset=offset if config.center else None,
-                gain=gain,
-                effort=config.effort,
-                dither=config.dither,
-                seed=seed,
-                page_table=self.page_table,
-            )
+        kv_encode_pair(
+            self.k_words,
+            self.v_words,
+            self.k_exact,
+            self.v_exact,
+            k,
+            v,
+            position,
+            self.k_layout,
+            self.v_layout,
+            self.k_rotation,
+            self.v_rotation,
+            sinks=config.sinks,
+            window=config.window,
+            k_offset=self.k_offset if config.center else None,
+            k_gain=self.k_gain,
+            effort=config.effort,
+            dither=config.dither,
+            k_seed=self.k_seed,
+            v_seed=self.v_seed,
+            page_table=self.page_table,
+        )
 
     def attend(self, query: torch.Tensor, mask: torch.Tensor | None = None, scale: float | None = None) -> torch.Tensor:
         """Attention of the S newest tokens, `[B, Hq, S, head_dim]`; arguments as of `kv_attention`."""

@@ -63,7 +63,15 @@ class HyperQuantLoraLinear(Linear):
             merged += self.get_delta_weight(name).to(torch.float32)
         old = base.weight
         packed = HyperQuantTensor.from_hp(
-            merged.to(old.dtype), old.bps, old.lattice, old.tile, old.seed, old.act_pre_scale, old.mma, self.effort
+            merged.to(old.dtype),
+            old.bps,
+            old.lattice,
+            old.tile,
+            old.seed,
+            old.act_pre_scale,
+            old.mma,
+            self.effort,
+            packing=old.packing,
         )
         base.weight = packed
         self._before_merge = original

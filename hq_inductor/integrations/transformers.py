@@ -75,7 +75,8 @@ class HyperQuantConfig(TorchAoConfig):
     def largest_bps(self) -> float:
         """The largest rate of any layer, for memory estimates."""
         configs = self.quant_type.fqn_to_config.values() if isinstance(self.quant_type, FqnToConfig) else [self.quant_type]
-        return max((config.bps for config in configs if isinstance(config, HyperQuantWeightConfig)), default=32.0)
+        rates = [config.bps if config.packing == "rice" else 8.0 for config in configs if isinstance(config, HyperQuantWeightConfig)]
+        return max(rates, default=32.0)
 
 
 class HyperQuantDeserialize(ConversionOps):

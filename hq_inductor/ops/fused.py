@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
 import triton
 
+from ..format.codes import CodesLayout
 from ..format.hadamard import hadamard_block
 from ..format.layout import TileLayout
+from . import ahead
 from .kernels.activations import fp8_scale_kernel, rotate_kernel, rotate_quantize_kernel, row_statistics_kernel
 from .kernels.decode import decode_kernel
 from .kernels.linear import linear_kernel
+from .kernels.linear_ring import ring_linear_kernel
 from .kernels.matmul import int8_matmul_kernel
 from .kernels.shared import row_bytes
-from .kernels.warpgroup import ring_stages
+from .kernels.warpgroup import ring_shape
 from .launch import (
     WARP_ROWS,
     LinearLaunch,
@@ -25,12 +29,14 @@ from .launch import (
     linear_launch,
     matmul_launch,
     multiprocessors,
+    ring_products,
+    ring_warps,
     warpgroup_products,
 )
 from .prologue import NO_PROLOGUE, NORMS, Prologue
 
 
-def _rotation(layout: TileLayout, act_pre_scale: torch.Tensor | None, seed: int, prologue: Prologue) -> dict:
+def _rotation(layout: TileLayout | CodesLayout, act_pre_scale: torch.Tensor | None, seed: int, prologue: Prologue) -> dict:
     """Compile-time arguments of `hq_inductor.ops.kernels.activations.rotate`."""
     block = hadamard_block(layout.tile)
     return {
@@ -39,15 +45,35 @@ def _rotation(layout: TileLayout, act_pre_scale: torch.Tensor | None, seed: int,
         "PARTS": triton.next_power_of_2(layout.tile // block),
         "SEED": seed,
         "HAS_SCALE": act_pre_scale is not None,
-        "PROLOGUE": prologue.name,
+        "PROLOGUE": prologue.name.removesuffix("_1p"),
+        "ADD_ONE": prologue.name.endswith("_1p"),
         "HAS_WEIGHT": prologue.weight is not None,
         "HAS_BIAS": prologue.bias is not None,
+        "NORM_ROWS": _norm_rows(prologue) > 1,
     }
 
 
+def _norm_rows(prologue: Prologue) -> int:
+    """Rows of a norm's weight and bias, `[rows, K]` or `[K]`."""
+    given = prologue.bias if prologue.weight is None else prologue.weight
+    return 1 if given is None or given.dim() == 1 else given.shape[0]
+
+
+def _norm_strides(prologue: Prologue, batch: int) -> tuple[Prologue, int, int]:
+    """The prologue with rows of weight and bias equally far apart, that distance, and how many activations share one."""
+    rows = _norm_rows(prologue)
+    if rows == 1:
+        return prologue, 0, 1
+    strides = [tensor.stride(0) for tensor in (prologue.weight, prologue.bias) if tensor is not None]
+    if len(set(strides)) > 1:
+        prologue = dataclasses.replace(prologue, weight=prologue.weight.contiguous(), bias=prologue.bias.contiguous())
+        strides = [prologue.weight.stride(0)]
+    return prologue, strides[0], max(1, batch // rows)
+
+
 def _vector(tensor: torch.Tensor | None, placeholder: torch.Tensor) -> torch.Tensor:
-    """A pointer argument `[K]` that may be missing."""
-    return placeholder if tensor is None else tensor.contiguous()
+    """A pointer argument `[K]`, or rows of them, that may be missing."""
+    return placeholder if tensor is None else tensor if tensor.dim() == 2 else tensor.contiguous()
 
 
 def _aligned_rows(*matrices: torch.Tensor) -> bool:
@@ -77,7 +103,8 @@ def rotate_quantize(
         x: `[M, in_features]`, last dimension contiguous.
         padded: rows of the result, at least M.
         counters: length of the zeros that come along.
-        prologue: what happens to `x` first; its gate is `[M, in_features]`, last dimension contiguous.
+        prologue: what happens to `x` first; its gate is `[M, in_features]`, weight and bias `[in_features]` or `[rows, in_features]`, where
+            M is a multiple of rows and each is for M / rows in a row; last dimensions contiguous.
         ring: batch columns of a block whose activations come through a ring, or 0.
 
     Returns:
@@ -87,8 +114,11 @@ def rotate_quantize(
     scale = torch.empty((tiles, padded), dtype=torch.float32, device=x.device)
     zeros = torch.empty(counters, dtype=torch.int32, device=x.device)
     pdl = dependent_launch(x.device)
+    prologue, stride_norm, period = _norm_strides(prologue, x.shape[0])
     gate = x if prologue.gate is None else prologue.gate
-    rotate_quantize_kernel[(padded, tiles)](
+    ahead.launch(
+        rotate_quantize_kernel,
+        (padded, tiles),
         x,
         gate,
         _vector(prologue.weight, x),
@@ -102,11 +132,13 @@ def rotate_quantize(
         x.shape[1],
         x.stride(0),
         gate.stride(0),
+        stride_norm,
+        period,
         counters,
         prologue.eps,
         **_rotation(layout, act_pre_scale, seed, prologue),
         LATTICE=layout.lattice,
-        ALIGNED=_aligned_rows(x, gate),
+        ALIGNED=_aligned_rows(x, gate) and stride_norm % 16 == 0,
         PDL=pdl,
         RING=ring,
         num_warps=1,
@@ -118,7 +150,7 @@ def rotate_quantize(
 def rotate(
     x: torch.Tensor,
     act_pre_scale: torch.Tensor | None,
-    layout: TileLayout,
+    layout: TileLayout | CodesLayout,
     tiles: int,
     seed: int,
     dtype: torch.dtype,
@@ -142,22 +174,51 @@ def rotate(
         scale = torch.empty(batch if fp8 else (tiles, batch), dtype=torch.float32, device=x.device)
     if out.numel() == 0:
         return out, scale
+    prologue, stride_norm, period = _norm_strides(prologue, batch)
     statistics, gate = x, x if prologue.gate is None else prologue.gate
     if prologue.name in NORMS:
         statistics = torch.empty((batch, 2), dtype=torch.float32, device=x.device)
-        row_statistics_kernel[(batch,)](
-            x, statistics, features, x.stride(0), prologue.eps, PROLOGUE=prologue.name, ALIGNED=_aligned_rows(x), num_warps=4
+        ahead.launch(
+            row_statistics_kernel,
+            (batch,),
+            x,
+            statistics,
+            features,
+            x.stride(0),
+            prologue.eps,
+            PROLOGUE=prologue.name.removesuffix("_1p"),
+            ALIGNED=_aligned_rows(x),
+            num_warps=4,
         )
     pointers = (x, gate, _vector(prologue.weight, x), _vector(prologue.bias, x), statistics, _vector(act_pre_scale, x))
-    scalars = (features, x.stride(0), gate.stride(0), tiles)
+    scalars = (features, x.stride(0), gate.stride(0), stride_norm, period, tiles)
     rotation = _rotation(layout, act_pre_scale, seed, prologue)
-    aligned = _aligned_rows(x, gate)
+    aligned = _aligned_rows(x, gate) and stride_norm % 16 == 0
     if fp8:
         kept = {key: value for key, value in rotation.items() if key not in ("BLOCK", "PARTS", "SEED")}
         padded = triton.next_power_of_2(layout.tile)
-        fp8_scale_kernel[(batch,)](*pointers, scale, *scalars, **kept, PADDED=padded, ALIGNED=aligned, num_warps=1 if batch >= 1024 else 4)
-    rotate_kernel[(batch, tiles)](
-        *pointers, out, x if scale is None else scale, *scalars, **rotation, LATTICE=layout.lattice, ALIGNED=aligned, num_warps=1
+        ahead.launch(
+            fp8_scale_kernel,
+            (batch,),
+            *pointers,
+            scale,
+            *scalars,
+            **kept,
+            PADDED=padded,
+            ALIGNED=aligned,
+            num_warps=1 if batch >= 1024 else 4,
+        )
+    ahead.launch(
+        rotate_kernel,
+        (batch, tiles),
+        *pointers,
+        out,
+        x if scale is None else scale,
+        *scalars,
+        **rotation,
+        LATTICE=layout.lattice,
+        ALIGNED=aligned,
+        num_warps=1,
     )
     return out, scale
 
@@ -185,7 +246,9 @@ def int8_matmul(
     out = torch.empty(shape, dtype=torch.float32 if split else dtype, device=x.device)
     if out.numel() == 0:
         return out.sum(0).to(dtype) if split else out
-    int8_matmul_kernel[(-(-batch // launch.block_m) * -(-rows // launch.block_n), launch.splits)](
+    ahead.launch(
+        int8_matmul_kernel,
+        (-(-batch // launch.block_m) * -(-rows // launch.block_n), launch.splits),
         x,
         act_scale,
         codes,
@@ -215,7 +278,7 @@ MAX_SIBLINGS = 4
 
 def _default_launch(x: torch.Tensor, counts: list[int], tiles: int, layout: TileLayout) -> LinearLaunch:
     processors = multiprocessors(x.device) if x.is_cuda else 1
-    return linear_launch(x.shape[0], sum(counts), tiles, processors, row_bytes(layout.stream_words))
+    return linear_launch(x.shape[0], sum(counts), tiles, processors, row_bytes(layout.stream_words), ring_products(x.device))
 
 
 def int8_linear(
@@ -267,20 +330,29 @@ def int8_linear(
     grid = (sum(-(-n // (WARP_ROWS * launch.num_warps)) for n in counts), splits, padded // columns)
     counters = grid[0] * launch.num_warps * grid[2] if splits > 1 else 0
     ring = columns if launch.ring else 0
-    steps, stages = ring_stages(columns, launch.num_warps, stream_bytes) if ring else (1, 0)
+    shape = {"STEPS": 1, "STAGES": 0}
+    if ring:
+        staged = x.is_cuda and stages_tiles(layout)
+        blocks = max(1, ring_warps(columns) // launch.num_warps)
+        steps, stages, kilobytes = ring_shape(columns, launch.num_warps, blocks, words, stream_bytes, staged)
+        shape = {"STEPS": steps, "STAGES": stages}
+        if x.is_cuda:
+            shape |= {"STAGED": staged, "SHARED_KB": kilobytes}
     if rotated is None or rotated[0].shape != rotated_shape(layout, tiles, padded, ring):
         q, scale, zeros = rotate_quantize(x, act_pre_scale, layout, tiles, seed, padded, counters, prologue, ring)
     else:
         (q, scale), zeros = rotated, torch.zeros(counters, dtype=torch.int32, device=x.device)
     pdl = dependent_launch(x.device)
-    partial = torch.empty((splits, padded, rows), dtype=torch.float32, device=x.device) if splits > 1 else scale
+    partial = torch.empty((splits, counters, 2 * columns * 8), dtype=torch.float32, device=x.device) if splits > 1 else scale
     has_bias = biases[0] is not None
     if has_bias and len({b.dtype for b in biases}) > 1:
         biases = [b.float() for b in biases]
     biases = [b.contiguous() for b in biases] if has_bias else [out]
     weights += weights[:1] * (MAX_SIBLINGS - len(weights))
     biases += biases[:1] * (MAX_SIBLINGS - len(biases))
-    linear_kernel[grid](
+    ahead.launch(
+        ring_linear_kernel if ring and x.is_cuda else linear_kernel,
+        grid,
         weights[0],
         layout.kernel_tables(x.device),  # of which the first
         q,
@@ -317,8 +389,7 @@ def int8_linear(
         NUM_WARPS=launch.num_warps,
         num_warps=launch.num_warps,
         PDL=pdl,
-        STEPS=steps,
-        STAGES=stages,
+        **shape,
         num_stages=1,
         **({"maxnreg": launch.registers} if launch.registers else {}),
         **({"launch_pdl": True} if pdl else {}),
@@ -398,7 +469,9 @@ def decode(
     if parts is None:
         parts = decode_parts(blocks, tiles, multiprocessors(qdata.device)) if qdata.is_cuda else 1
     placeholder = qdata
-    decode_kernel[(blocks, parts)](
+    ahead.launch(
+        decode_kernel,
+        (blocks, parts),
         qdata,
         layout.table(qdata.device),
         scale if row_scale else placeholder,
@@ -424,6 +497,12 @@ def decode(
         num_stages=1,
     )
     return out, scale
+
+
+def stages_tiles(layout: TileLayout) -> bool:
+    """Whether the kernel with a ring takes whole tiles through shared memory: where 16-byte loads are unrolled, and tiles are small."""
+    chunked = _aligned(layout) and layout.lattice != "d4" and layout.groups <= 4 and layout.rice_parameter * layout.groups % 4 == 0
+    return chunked and layout.words <= 64 and row_bytes(layout.stream_words) > 0
 
 
 def _aligned(layout: TileLayout) -> bool:

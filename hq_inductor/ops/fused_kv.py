@@ -332,6 +332,7 @@ def store(
     effort: int = 1,
     launch: EncodeLaunch | None = None,
     page_table: torch.Tensor | None = None,
+    other: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """Encode tokens into their slots, in place.
 
@@ -343,9 +344,10 @@ def store(
         effort: 0 rounds to the nearest point, 1 by error and bits (`hq_inductor.format.quantizer`).
         page_table: int32 `[B, max_pages]`; then words are a pool `[num_pages, kv_heads / join, page_size, words]`. Slots of pages outside
             of `[0, num_pages)` are not written.
+        other: words and x of the same shapes, dtypes and layout, which are encoded in the same launch; or None.
 
     Raises:
-        ValueError: another lattice or effort, or a head_dim that is no multiple of 8 or no slot's.
+        ValueError: another lattice or effort, a head_dim that is no multiple of 8 or no slot's, or `other` is of another kind.
 
     Note: no host sync.
     """
@@ -358,18 +360,25 @@ def store(
     join = layout.tile // head_dim
     if head_dim % 8 or join == 0 or heads != -(-all_heads // join) or rows != batch or word_count != layout.words:
         raise ValueError(f"slots {tuple(words.shape)} of {layout.tile} coefficients cannot hold tokens {tuple(x.shape)}")
-    if x.stride(-1) != 1:
-        x = x.contiguous()
+    words2, x2 = (words, x) if other is None else other
+    if (words2.shape, x2.shape, x2.dtype) != (words.shape, x.shape, x.dtype):
+        raise ValueError(
+            f"other must be like words {tuple(words.shape)} and x {tuple(x.shape)}, {x.dtype}, got {tuple(x2.shape)}, {x2.dtype}"
+        )
+    x, x2 = (states if states.stride(-1) == 1 else states.contiguous() for states in (x, x2))
     if x.numel() == 0:
         return
+    sides = 1 if other is None else 2
     if launch is None:
-        launch = (FEW if batch * heads * tokens < _MANY_SLOTS else MANY)[effort]
+        launch = (FEW if sides * batch * heads * tokens < _MANY_SLOTS else MANY)[effort]
     device = x.device
     pdl = dependent_launch(device)
-    encode_kernel[(batch * heads, tokens)](
+    encode_kernel[(batch * heads, tokens, sides)](
         x,
         position,
         words,
+        x2,
+        words2,
         layout.lengths(device),
         layout.codewords(device),
         _symbol_bits(layout, device),
@@ -378,6 +387,7 @@ def store(
         all_heads,
         max_tokens,
         *x.stride()[:3],
+        *x2.stride()[:3],
         tokens if position.dim() == 2 else 0,
         words.shape[0],
         0 if page_table is None else page_table.shape[1],
@@ -398,6 +408,7 @@ def store(
         EFFORT=effort,
         CANDIDATES=launch.candidates,
         FINER=launch.finer,
+        PAIR=sides == 2,
         PAGED=page_table is not None,
         PDL=pdl,
         num_warps=launch.num_warps,

@@ -1,12 +1,13 @@
-"""`hyperquant::kv_store` and `hyperquant::kv_load`: rotated keys or values to the slots of a cache and back.
+"""`hyperquant::kv_store`, `kv_store_pair` and `kv_load`: rotated keys or values to the slots of a cache and back.
 
-Definition.  `kv_store` codes tokens at given positions in place, `kv_load` decodes all positions. `hq_inductor.format.kv` has the storage,
-             `hq_inductor.ops.attention` the attention that reads it.
+Definition.  `kv_store` codes tokens at given positions in place, `kv_store_pair` keys and values of the same tokens, `kv_load` decodes all
+             positions. `hq_inductor.format.kv` has the storage, `hq_inductor.ops.attention` the attention that reads it.
 Pages.       With a page table, words are a pool (`hq_inductor.ops.paging`); without a page, nothing is stored and zeros are loaded.
 Invariants.  No host sync. Positions outside the cache are not written. Any words are read without error; corrupt ones give wrong finite
              numbers, and so do corrupt page tables.
 Choice.      On CUDA `kv_load` is the decode kernel and `kv_store`, for e8 and efforts 0 and 1, the encode kernel of
-             `hq_inductor.ops.fused_kv`. Other lattices, effort 2 and dither (`hq_inductor.format.dither`) are plain PyTorch everywhere.
+             `hq_inductor.ops.fused_kv`, one launch for a pair of one rate: a launch for one token takes several microseconds whatever its
+             size. Other lattices, effort 2 and dither (`hq_inductor.format.dither`) are plain PyTorch everywhere.
 """
 
 from __future__ import annotations
@@ -151,6 +152,11 @@ def _kv_store(
         scatter_rows(words, *find_slots(position, words, page_table), coded)
 
 
+def _takes_kernel(words: torch.Tensor, x: torch.Tensor, lattice: str, effort: int, dither: str | None) -> bool:
+    kernel = lattice == "e8" and effort < 2 and dither is None and x.dtype != torch.float64 and x.shape[3] % 8 == 0
+    return kernel and words.is_contiguous()
+
+
 def _kv_store_cuda(
     words: torch.Tensor,
     x: torch.Tensor,
@@ -164,8 +170,7 @@ def _kv_store_cuda(
     page_table: torch.Tensor | None = None,
 ) -> None:
     layout = _check_store(words, x, position, lattice, tile, code, effort, dither, page_table)
-    kernel = lattice == "e8" and effort < 2 and dither is None and x.dtype != torch.float64 and x.shape[3] % 8 == 0
-    if not kernel or not words.is_contiguous():
+    if not _takes_kernel(words, x, lattice, effort, dither):
         return _kv_store(words, x, position, lattice, tile, code, effort, dither, seed, page_table)
     from .fused_kv import store  # Triton is there on Linux only, and takes its time to import
 
@@ -184,6 +189,82 @@ register(
     _kv_store_fake,
     CPU=_kv_store,
     CUDA=_kv_store_cuda,
+)
+
+
+def _check_pair(
+    k_words, v_words, k, v, position, lattice, tile, k_code, v_code, effort, dither, page_table
+) -> tuple[TileLayout, TileLayout]:
+    if k.shape != v.shape:
+        raise ValueError(f"k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
+    return (
+        _check_store(k_words, k, position, lattice, tile, k_code, effort, dither, page_table),
+        _check_store(v_words, v, position, lattice, tile, v_code, effort, dither, page_table),
+    )
+
+
+def _kv_store_pair(
+    k_words: torch.Tensor,
+    v_words: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    position: torch.Tensor,
+    lattice: str,
+    tile: int,
+    k_code: int,
+    v_code: int,
+    effort: int,
+    dither: str | None = None,
+    k_seed: int = 0,
+    v_seed: int = 0,
+    page_table: torch.Tensor | None = None,
+) -> None:
+    _check_pair(k_words, v_words, k, v, position, lattice, tile, k_code, v_code, effort, dither, page_table)
+    _kv_store(k_words, k, position, lattice, tile, k_code, effort, dither, k_seed, page_table)
+    _kv_store(v_words, v, position, lattice, tile, v_code, effort, dither, v_seed, page_table)
+
+
+def _kv_store_pair_cuda(
+    k_words: torch.Tensor,
+    v_words: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    position: torch.Tensor,
+    lattice: str,
+    tile: int,
+    k_code: int,
+    v_code: int,
+    effort: int,
+    dither: str | None = None,
+    k_seed: int = 0,
+    v_seed: int = 0,
+    page_table: torch.Tensor | None = None,
+) -> None:
+    k_layout, v_layout = _check_pair(k_words, v_words, k, v, position, lattice, tile, k_code, v_code, effort, dither, page_table)
+    kernel = all(_takes_kernel(words, x, lattice, effort, dither) for words, x in ((k_words, k), (v_words, v)))
+    if not kernel or k_layout != v_layout or k.dtype != v.dtype:
+        _kv_store_cuda(k_words, k, position, lattice, tile, k_code, effort, dither, k_seed, page_table)
+        return _kv_store_cuda(v_words, v, position, lattice, tile, v_code, effort, dither, v_seed, page_table)
+    from .fused_kv import store  # Triton is there on Linux only, and takes its time to import
+
+    # a launch takes so many tokens
+    parts = (k.split(_STORE_TOKENS, 2), v.split(_STORE_TOKENS, 2), position.split(_STORE_TOKENS, -1))
+    for k_part, v_part, position_part in zip(*parts, strict=True):
+        store(k_words, k_part, position_part.contiguous(), k_layout, effort, page_table=page_table, other=(v_words, v_part))
+
+
+def _kv_store_pair_fake(
+    k_words, v_words, k, v, position, lattice, tile, k_code, v_code, effort, dither=None, k_seed=0, v_seed=0, page_table=None
+) -> None:
+    _check_pair(k_words, v_words, k, v, position, lattice, tile, k_code, v_code, effort, dither, page_table)
+
+
+register(
+    "kv_store_pair(Tensor(a!) k_words, Tensor(b!) v_words, Tensor k, Tensor v, Tensor position, str lattice, int tile, int k_code, "
+    "int v_code, int effort, str? dither=None, int k_seed=0, int v_seed=0, Tensor? page_table=None) -> ()",
+    _kv_store_pair_fake,
+    CPU=_kv_store_pair,
+    CUDA=_kv_store_pair_cuda,
 )
 
 

@@ -9,10 +9,14 @@ import torch
 
 # largest batch for which "auto" takes the fused kernel: beyond one block of columns it would decode the weight again for each
 FUSED_BATCH = 32
+# the same where activations come through a ring of shared memory: two blocks of columns are still the fastest
+RING_BATCH = 256
 # smallest batch for which "auto" multiplies in the activations' dtype: from there on the library's product is the faster one
 LIBRARY_BATCH = 2048
 # batch columns per block, and the most registers per thread, for two blocks of 8 warps on a multiprocessor
 REGISTERS = {8: 128, 16: 128, 32: 128}
+# the same with a ring; with 0 the compiler takes about 180 and 230, of which 8 warps have place
+RING_REGISTERS = {64: 128, 96: 0, 128: 0}
 # three of them
 TIGHT_REGISTERS = 80
 # rows of a warp, columns of an MMA
@@ -39,8 +43,8 @@ class LinearLaunch:
     ring: bool = False
 
     def __post_init__(self) -> None:
-        if self.ring and (self.num_warps not in (4, 8) or (self.columns % 16 and self.columns != MMA_COLUMNS)):
-            raise ValueError(f"a ring takes 4 or 8 warps and columns of 8 or a multiple of 16, got {self.num_warps} and {self.columns}")
+        if self.ring and (self.num_warps % 4 or (self.columns % 16 and self.columns != MMA_COLUMNS)):
+            raise ValueError(f"a ring takes 4 or 8 warps and 8 columns or a multiple of 16, got {self.num_warps} and {self.columns}")
         if self.columns % MMA_COLUMNS or not MMA_COLUMNS <= self.columns <= 128:
             raise ValueError(f"columns must be a multiple of {MMA_COLUMNS} from {MMA_COLUMNS} to 128, got {self.columns}")
         if self.splits < 1:
@@ -122,13 +126,24 @@ def matmul_launch(batch: int, rows: int, tiles: int, processors: int, warpgroups
     return MatmulLaunch(64, block_n, 128, 4, 4, even_parts(tiles, processors // blocks))
 
 
-@functools.lru_cache(maxsize=4096)
-def linear_launch(batch: int, rows: int, tiles: int, processors: int, row_bytes: int) -> LinearLaunch:
-    """Launch for `[batch, K] x [rows, K]^T`, `tiles` tiles per row, `row_bytes` of `hq_inductor.ops.kernels.shared`.
+def fused_batch(device: torch.device) -> int:
+    """Largest batch for which the fused kernel is the fastest on a device."""
+    return RING_BATCH if ring_products(device) else FUSED_BATCH
 
-    Measured (H200, 2026-11-24, `benchmarks/linear.py --tune`): one wave of two blocks per multiprocessor is best while it lasts; with
-    more than five waves of single tiles, and registers for three, waves of four tiles each.
+
+@functools.lru_cache(maxsize=4096)
+def linear_launch(batch: int, rows: int, tiles: int, processors: int, row_bytes: int, ring: bool) -> LinearLaunch:
+    """Launch for `[batch, K] x [rows, K]^T`, `tiles` tiles per row, `row_bytes` of `hq_inductor.ops.kernels.shared`; `ring`: may be one.
+
+    Measured (H200, 2026-11-24, `benchmarks/linear.py --tune`): one wave of as many blocks as multiprocessors hold is best while it lasts;
+    with more than five waves of single tiles, and registers for three blocks, waves of four tiles each. The ring pays from 33 columns up.
     """
+    if ring and batch > max(REGISTERS):
+        columns = next((c for c in RING_REGISTERS if batch <= c), max(RING_REGISTERS))
+        num_warps = decode_warps(row_bytes) if columns == min(RING_REGISTERS) else 4
+        blocks = -(-rows // (WARP_ROWS * num_warps)) * -(-batch // columns)
+        slots = processors * ring_warps(columns) // num_warps
+        return LinearLaunch(columns, even_parts(tiles, slots // blocks), num_warps, RING_REGISTERS[columns], True)
     columns = next((c for c in REGISTERS if batch <= c), max(REGISTERS))
     num_warps = decode_warps(row_bytes)
     blocks = -(-rows // (WARP_ROWS * num_warps)) * -(-batch // columns)
@@ -136,3 +151,8 @@ def linear_launch(batch: int, rows: int, tiles: int, processors: int, row_bytes:
         return LinearLaunch(columns, -(-tiles // 4), num_warps, TIGHT_REGISTERS)
     slots = 2 * processors * (8 // num_warps)
     return LinearLaunch(columns, even_parts(tiles, slots // blocks), num_warps, REGISTERS[columns])
+
+
+def ring_warps(columns: int) -> int:
+    """Warps that a multiprocessor holds of a kernel with a ring, for their registers."""
+    return 16 if columns <= 64 else 8

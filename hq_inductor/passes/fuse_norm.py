@@ -2,14 +2,16 @@
 
 Why.     The kernel that rotates reads the same rows; the norm's own kernel, its output in memory and the launch between go away.
 Before.  `y = rms_norm(h) * weight`, or `(h - mean(h)) / sqrt(var(h) + eps) * weight + bias`, as decomposed; `rice_linear(y, ...)`
-After.   `rice_linear_fused(h, ..., norm_weight=weight, norm_bias=bias, prologue="rms_norm", eps=eps, ...)`
-Not.     Anything else reads y (a LoRA branch, an output): it has to be computed anyway. The weight or bias is no parameter but computed,
-         as in Gemma's `1 + weight` or a DiT's modulation by the time step.
+         Or a norm times `1 + weight`: Gemma's; or with a bias, both broadcast over tokens, a diffusion transformer's modulation by time.
+After.   `rice_linear_fused(h, ..., norm_weight=weight, norm_bias=bias, prologue="rms_norm", eps=eps, ...)`; for `1 + weight`
+         `"rms_norm_1p"` or `"layer_norm_1p"`
+Not.     Anything else reads y (a LoRA branch, an output): it has to be computed anyway. A weight or bias `[K]` is computed in another way.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +24,7 @@ from .linear_node import LinearNode, erase_unused
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm of `source` over its last dimension."""
+    """A norm of `source` over its last dimension; `weight` and `bias` are `[K]`, or broadcast over tokens."""
 
     source: fx.Node
     name: str
@@ -41,7 +43,8 @@ class FuseNormPass(GraphPass):
             norm = match_norm(linear.x)
             if norm is None:
                 continue
-            if not is_parameter(norm.weight or linear.qdata[0]) or not is_parameter(norm.bias or linear.qdata[0]):
+            vectors = [node for node in (norm.weight, norm.bias) if node is not None and value_of(node).dim() == 1]
+            if not all(map(is_parameter, vectors)):
                 rewriting.leave(self.name, linear.node, "its weight or bias is computed")
             elif len(linear.x.users) > 1:
                 rewriting.leave(self.name, linear.node, "other nodes read it")
@@ -65,24 +68,47 @@ def match_norm(y: fx.Node) -> Norm | None:
                 norm = inner and _match_normalized(inner, dtype)
                 if norm and norm.name == "rms_norm" and dtype_of(weight) == dtype:
                     return Norm(norm.source, "rms_norm_cast", norm.eps, weight)
+        # a modulation in the activations' dtype: the norm is rounded, and what comes after it
+        norm = _match_scaled(y, y, dtype, lambda normed: isinstance(normed, fx.Node) and rounded_from(normed, dtype))
+        if norm is not None and norm.name.endswith("_1p"):
+            return norm
     body = rounded_from(y, dtype)
-    if body is None:
-        return None
+    return None if body is None else _match_scaled(body, y, dtype, lambda normed: normed)
+
+
+def _match_scaled(body: fx.Node, y: fx.Node, dtype: torch.dtype, before_rounding: Callable) -> Norm | None:
+    """The norm that is `body` with its gain and bias; `before_rounding` leads from what they are applied to to its fp32 value."""
     candidates = [(body, None)]
-    candidates += [(inner, widened(bias)) for inner, bias in operands(body, aten.add.Tensor) if _is_vector(bias, y)]
+    candidates += [(inner, widened(bias)) for inner, bias in operands(body, aten.add.Tensor) if _is_gain(bias, y)]
     for shifted, bias in candidates:
         gains = [(shifted, None)]
-        gains += [(inner, widened(weight)) for inner, weight in operands(shifted, aten.mul.Tensor) if _is_vector(weight, y)]
+        gains += [(inner, widened(weight)) for inner, weight in operands(shifted, aten.mul.Tensor) if _is_gain(weight, y)]
         for normed, weight in gains:
-            norm = _match_normalized(normed, dtype)
-            if norm and (bias is None or norm.name == "layer_norm"):
-                return Norm(norm.source, norm.name, norm.eps, weight, bias)
+            inner = before_rounding(normed)
+            norm = _match_normalized(inner, dtype) if inner else None
+            if norm is None or (bias is not None and norm.name != "layer_norm"):
+                continue
+            name, plus_one = norm.name, increased(weight) if weight is not None else None
+            if plus_one and plus_one[1] == 1 and _is_gain(plus_one[0], y):
+                name, weight = f"{norm.name}_1p", widened(plus_one[0])
+            if weight is None or bias is None or same_shape(weight, bias):
+                return Norm(norm.source, name, norm.eps, weight, bias)
     return None
 
 
 def _is_vector(node: object, y: fx.Node) -> bool:
     value = value_of(node)
     return value is not None and value.dim() == 1 and str(value.shape[0]) == str(value_of(y).shape[-1])
+
+
+def _is_gain(node: object, y: fx.Node) -> bool:
+    """Whether a node is `[K]`, or `[*lead, 1, ..., K]` for the activations `[*lead, ..., K]`."""
+    value, whole = value_of(node), tuple(map(str, value_of(y).shape))
+    if value is None or value.dim() != len(whole) or value.dim() == 1:
+        return _is_vector(node, y)
+    own = tuple(map(str, value.shape))
+    first = next((d for d in range(len(own) - 1) if own[d] != whole[d]), len(own) - 1)
+    return own[-1] == whole[-1] and set(own[first:-1]) == {"1"}
 
 
 def _match_normalized(node: object, dtype: torch.dtype) -> Norm | None:

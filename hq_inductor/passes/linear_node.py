@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-_LINEAR = torch.ops.hyperquant.rice_linear.default
+_LINEAR = (torch.ops.hyperquant.rice_linear.default, torch.ops.hyperquant.rice_linear.no_grad)
 _FUSED = torch.ops.hyperquant.rice_linear_fused.default
 
 # what tells a reader where a node comes from
@@ -41,7 +41,7 @@ class LinearNode:
     @classmethod
     def of(cls, node: fx.Node) -> LinearNode | None:
         """The layer at a node; None if there is none, or if another pass has left out what its arguments are."""
-        if node.op != "call_function" or node.target not in (_LINEAR, _FUSED):
+        if node.op != "call_function" or node.target not in (*_LINEAR, _FUSED):
             return None
         if any("val" not in known.meta for known in (node, *node.all_input_nodes)):
             return None
@@ -49,7 +49,7 @@ class LinearNode:
         given = {argument.name: argument.default_value for argument in node.target._schema.arguments if argument.has_default_value()}
         given |= dict(zip((argument.name for argument in node.target._schema.arguments), node.args, strict=False)) | node.kwargs
         for name in ("qdata", "bias", "code"):
-            given[name] = (given[name],) if node.target is _LINEAR else tuple(given[name])
+            given[name] = (given[name],) if node.target in _LINEAR else tuple(given[name])
         return cls(node, **given)
 
     @classmethod
@@ -79,7 +79,16 @@ class LinearNode:
 
 
 def has_linear(graph: fx.Graph) -> bool:
-    return any(graph.find_nodes(op="call_function", target=target, sort=False) for target in (_LINEAR, _FUSED))
+    return any(graph.find_nodes(op="call_function", target=target, sort=False) for target in (*_LINEAR, _FUSED))
+
+
+def without_autograd(graph: fx.Graph) -> bool:
+    """Call layers by the overload without gradients, which the graph has left behind; whether there was something to change."""
+    default, no_grad = _LINEAR
+    nodes = graph.find_nodes(op="call_function", target=default)
+    for node in nodes:
+        node.target = no_grad
+    return bool(nodes)
 
 
 def insert_call(before: fx.Node, target, args: tuple, origin: fx.Node, kwargs: dict | None = None) -> fx.Node:

@@ -3,6 +3,9 @@
 1. `merge_siblings` first: afterwards one op reads what several read before, so that what feeds it can be seen to feed nothing else.
 2. `fuse_norm`, 3. `fuse_gate`: what comes before a layer. They exclude each other, and their order does not matter.
 4. `fuse_residual` last: it takes single layers, which merged ones no longer are.
+
+What is still a single layer then is called by the overload `no_grad`: the graph is below autograd, whose Python layer is paid for per call.
+Last, `compile_ahead` begins with the kernels of the layers as they are now.
 """
 
 from __future__ import annotations
@@ -15,12 +18,13 @@ from pathlib import Path
 import torch
 from torch import fx
 
+from .compile_ahead import compile_ahead
 from .config import current_config
 from .fuse_gate import FuseGatePass
 from .fuse_norm import FuseNormPass
 from .fuse_residual import FuseResidualPass
 from .graph_pass import Rewriting, log
-from .linear_node import LinearNode, has_linear
+from .linear_node import LinearNode, has_linear, without_autograd
 from .merge_siblings import MergeSiblingsPass
 from .report import PassReport, add_to_report
 from .torch_versions import fake_tensor_updater
@@ -52,8 +56,11 @@ def rewrite(gm: fx.GraphModule) -> PassReport:
             with V.set_fake_mode(fake_mode):
                 updater.incremental_update()
             gm.graph.lint()
+        if without_autograd(gm.graph) or report.made:
             gm.recompile()
             log.debug("after:\n%s", gm.graph)
+    if rewriting.config.compile_ahead:
+        compile_ahead(gm.graph)
     add_to_report(report)
     return report
 

@@ -63,4 +63,7 @@ def test_store_refuses():
     for bad_words, bad_x, effort in ((words, x, 2), (words[..., 1:], x, 1), (words, x[:, :1], 1), (words, x[..., :100], 1)):
         with pytest.raises(ValueError, match=r"effort|cannot hold"):
             store(bad_words, bad_x, position, layout, effort)
+    for other in ((words, x.half()), (words, x[:, :1]), (words[:, :, 1:], x)):
+        with pytest.raises(ValueError, match="other must be like words"):
+            store(words, x, position, layout, other=other)
     assert (words == 0).all()

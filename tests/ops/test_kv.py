@@ -151,6 +151,10 @@ def samples():
     OPS.kv_store(words, x, torch.arange(3), *arguments, 0)
     yield OPS.kv_store.default, (words.clone(), x, torch.tensor([1, 5, 9]), *arguments, 1)
     yield OPS.kv_store.default, (words.clone(), x, torch.tensor([1, 5, 9]), *arguments, 0, "full", 3)
+    other = kv_layout(64, 2)
+    for lower, dither in ((layout, None), (other, "half")):
+        pair = (words.clone(), empty_words(2, 3, 6, lower), x, x + 1, torch.tensor([1, 5, 9]))
+        yield OPS.kv_store_pair.default, (*pair, *arguments, lower.tile.code, 0, dither, 3, 4)
     for dtype in (torch.float32, torch.bfloat16):
         yield OPS.kv_load.default, (words, 64, *arguments, dtype)
     yield OPS.kv_load.default, (words, 64, *arguments, torch.float32, "half", 5)
@@ -164,10 +168,51 @@ def samples():
         yield OPS.kv_attention.default, (*head, 0.125, 1, 3, 0, *arguments, layout.tile.code, dither, 1, 2)
 
 
-@pytest.mark.parametrize("index", range(7))
+@pytest.mark.parametrize("index", range(9))
 def test_opcheck(index):
     op, arguments = list(samples())[index]
     opcheck(op, arguments)
+
+
+@pytest.mark.parametrize(("bps", "dither"), [((4, 4), None), ((3, 2), "full")])
+def test_a_pair_is_keys_and_values_stored(bps, dither):
+    layouts = [kv_layout(64, b, dither=dither) for b in bps]
+    states, position = torch.randn(2, 2, 3, 4, 64), torch.tensor([6, 0, 8, 2])
+    (lattice, tile, k_code), v_code = key(layouts[0].tile), layouts[1].tile.code
+    pair, alone = ([empty_words(2, 3, 8, layout) for layout in layouts] for _ in range(2))
+    OPS.kv_store_pair(*pair, *states, position, lattice, tile, k_code, v_code, 0, dither, 5, 6)
+    for words, x, code, seed in zip(alone, states, (k_code, v_code), (5, 6), strict=True):
+        OPS.kv_store(words, x, position, lattice, tile, code, 0, dither, seed)
+    assert all(torch.equal(a, b) and a.any() for a, b in zip(pair, alone, strict=True))
+
+
+def test_a_pair_follows_a_page_table():
+    layouts = kv_layout(128, 3), kv_layout(128, 2)
+    pools = [torch.zeros(4, 2, 4, layout.tile.words, dtype=torch.int32) for layout in layouts]
+    whole = [empty_words(2, 2, 8, layout) for layout in layouts]
+    states, position, table = (
+        torch.randn(2, 2, 2, 2, 128),
+        torch.tensor([[1, 6], [4, 0]]),
+        torch.tensor([[3, 0], [1, 2]], dtype=torch.int32),
+    )
+    codes = *key(layouts[0].tile), layouts[1].tile.code
+    OPS.kv_store_pair(*pools, *states, position, *codes, 0, page_table=table)
+    OPS.kv_store_pair(*whole, *states, position, *codes, 0)
+    for pool, words in zip(pools, whole, strict=True):
+        assert torch.equal(pool[table.long()].transpose(1, 2).reshape(words.shape), words) and words.any()
+
+
+@pytest.mark.parametrize("change", ["shape", "v_words", "v"])
+def test_a_pair_that_does_not_fit_stores_nothing(change):
+    layout = kv_layout(128, 4)
+    k_words, v_words = (empty_words(1, 2, 4, layout) for _ in range(2))
+    k, v, position = torch.randn(1, 2, 1, 128), torch.randn(1, 2, 1, 128), torch.tensor([0])
+    v, v_words = {"shape": (v[:, :1], v_words), "v_words": (v, v_words[:, :1]), "v": (v.int(), v_words)}[change]
+    with pytest.raises(
+        (ValueError, TypeError), match=r"k and v must have one shape|x must have heads for 1 slots|x must be floating point"
+    ):
+        OPS.kv_store_pair(k_words, v_words, k, v, position, *key(layout.tile), layout.tile.code, 0)
+    assert not k_words.any()
 
 
 def test_no_host_sync_when_storing():

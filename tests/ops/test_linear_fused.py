@@ -7,7 +7,7 @@ from torch.library import opcheck
 
 import hq_inductor  # noqa: F401  (registers the ops)
 from hq_inductor import HyperQuantTensor
-from hq_inductor.ops.prologue import GATES, NORMS, PROLOGUES, Prologue
+from hq_inductor.ops.prologue import GATES, LAYER_NORMS, NORMS, PROLOGUES, Prologue
 
 ops = torch.ops.hyperquant
 FEATURES = 384
@@ -23,7 +23,7 @@ def prologue_inputs(name, shape, dtype):
     """gate, norm_weight, norm_bias."""
     gate = torch.randn(shape).to(dtype) if name in GATES else None
     weight = torch.rand(FEATURES).add_(0.5).to(dtype) if name in NORMS else None
-    return gate, weight, torch.randn(FEATURES).to(dtype) if name == "layer_norm" else None
+    return gate, weight, torch.randn(FEATURES).to(dtype) if name in LAYER_NORMS else None
 
 
 def call(x, weights, act_pre_scale=None, bias=None, around=(None, None, None), residual=None, prologue="none", mma="auto"):
@@ -49,10 +49,10 @@ def call(x, weights, act_pre_scale=None, bias=None, around=(None, None, None), r
 def torch_prologue(name, x, gate, weight, bias):
     """What the model's own modules compute, in fp64."""
     x, gate, weight, bias = (None if t is None else t.double() for t in (x, gate, weight, bias))
-    if name == "layer_norm":
-        return F.layer_norm(x, (FEATURES,), weight, bias, 1e-5)
     if name in NORMS:
-        return F.rms_norm(x, (FEATURES,), weight, 1e-5)
+        weight = weight + 1 if name.endswith("_1p") else weight
+        normed = F.layer_norm(x, (FEATURES,), eps=1e-5) if name in LAYER_NORMS else F.rms_norm(x, (FEATURES,), eps=1e-5)
+        return normed * weight + (0 if bias is None else bias)
     if name in GATES:
         return x * {"silu_mul": F.silu, "gelu_mul": F.gelu, "gelu_tanh_mul": lambda g: F.gelu(g, approximate="tanh")}[name](gate)
     return x
@@ -68,6 +68,17 @@ def test_prologue_is_what_torch_computes(name, dtype):
     assert found.dtype == dtype
     # "cast" and gates round twice
     torch.testing.assert_close(found.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=4e-6 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, FEATURES), (1, 1, FEATURES), (2, 5, FEATURES)])
+def test_norm_with_a_weight_for_some_rows_each(shape):
+    (weight,), x = siblings((6,), (4.0,)), torch.randn(2, 5, FEATURES)
+    around = (None, torch.randn(shape), torch.randn(shape))
+    activations = Prologue("layer_norm_1p", *around, 1e-5).apply(x)
+    torch.testing.assert_close(activations.double(), torch_prologue("layer_norm_1p", x, *around), rtol=1e-6, atol=4e-6)
+    args = call(x, [weight], around=around, prologue="layer_norm_1p")
+    opcheck(ops.rice_linear_fused.default, args)
+    torch.testing.assert_close(ops.rice_linear_fused(*args), F.linear(activations, weight))
 
 
 def test_rms_norm_cast_is_llamas():
@@ -135,6 +146,13 @@ def test_opcheck(name, dtype):
         (lambda a: a.update(norm_weight=torch.ones(FEATURES)), ValueError, "norm_weight must be None unless"),
         (lambda a: a.update(prologue="rms_norm", norm_bias=torch.ones(FEATURES)), ValueError, "norm_bias must be None unless"),
         (lambda a: a.update(prologue="rms_norm", norm_weight=torch.ones(3)), ValueError, "norm_weight must have shape"),
+        (lambda a: a.update(prologue="rms_norm", norm_weight=torch.ones(3, FEATURES)), ValueError, "norm_weight must have shape"),
+        (lambda a: a.update(prologue="rms_norm", norm_weight=torch.ones(1, 2, FEATURES)), ValueError, "norm_weight must have shape"),
+        (
+            lambda a: a.update(prologue="layer_norm", norm_weight=torch.ones(2, FEATURES), norm_bias=torch.ones(FEATURES)),
+            ValueError,
+            "norm_bias must have the shape of norm_weight",
+        ),
         (lambda a: a.update(residual=torch.ones(2, 19)), ValueError, "residual must be None for more than one weight"),
         (lambda a: a.update(bias=[torch.ones(5), None, None]), ValueError, r"bias must have shape \(6,\)"),
         (lambda a: a.update(lattice="e9"), ValueError, "lattice must be one of"),

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hq_inductor  # noqa: F401  (registers the ops)
 from hq_inductor.format.hadamard import hadamard_block, hadamard_ref
@@ -9,6 +10,7 @@ from hq_inductor.format.layout import LATTICES
 from hq_inductor.format.quantizer import quantize_tiles
 from hq_inductor.format.rates import start_rms, weight_layout
 from hq_inductor.format.rice import decode_tiles, encode_tiles
+from hq_inductor.ops.linear import call_linear
 
 ops = torch.ops.hyperquant
 
@@ -50,6 +52,7 @@ def test_opcheck_linear(dtype, bias, scaled):
     layout = ("e8", 256, t.code, 3)
     opcheck(ops.rice_linear.default, (x, qdata, s, b, *layout))
     opcheck(ops.rice_linear.default, (x.detach().transpose(0, 1).requires_grad_(), qdata, s, b, *layout))
+    opcheck(ops.rice_linear.no_grad, (x.detach(), qdata, s, None if b is None else b.detach(), *layout))
     opcheck(ops.rice_linear_backward.default, (torch.randn(3, 5, 6, dtype=dtype), qdata, s, *layout, 512))
 
 
@@ -114,6 +117,28 @@ def test_rice_linear_gradients():
     s = torch.rand(500).add_(0.5).to(torch.bfloat16)
     assert torch.autograd.gradcheck(lambda x, b: ops.rice_linear(x, qdata, s, b, "e8", 256, t.code, 1), (x, bias))
     assert torch.autograd.gradcheck(lambda x: ops.hadamard(x, 128, 1), torch.randn(2, 256, dtype=torch.float64, requires_grad=True))
+
+
+class Calls(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_call_linear_leaves_autograd_out_only_where_there_is_none():
+    qdata, _, _, t = packed()
+    x = torch.randn(2, 512, requires_grad=True)
+    arguments = (qdata, None, None, "e8", 256, t.code, 3, "auto")
+    with Calls() as with_grad:
+        out = call_linear(x, *arguments)
+    with torch.no_grad(), Calls() as without:
+        same = call_linear(x, *arguments)
+    assert with_grad.seen == [ops.rice_linear.default] and without.seen == [ops.rice_linear.no_grad]
+    assert out.requires_grad and torch.equal(out, same)
 
 
 @pytest.mark.parametrize(

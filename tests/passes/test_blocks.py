@@ -100,20 +100,20 @@ var_mean 3, rsqrt 3, exp 1, tanh 1, add 13, mul 13""",
         compiled.after,
         """\
 linear 768
-linear 128+128+128
+linear 128+128+128 layer_norm_1p
 linear 128
 linear 128 layer_norm
 linear 128+128
 linear 128 residual
-linear 256
+linear 256 layer_norm_1p
 linear 128
-var_mean 2, rsqrt 2, exp 1, tanh 1, add 11, mul 12, split_with_sizes 2""",
+exp 1, tanh 1, add 5, mul 8, split_with_sizes 2""",
     )
     assert_expected_inline(
         str(compiled.report),
         """\
 graphs with HyperQuant layers: 1
-fuse_norm: 1
+fuse_norm: 3
 fuse_residual: 1
 merge_siblings: 2
 fuse_residual left out, other nodes read the layer's output: 1""",
@@ -164,12 +164,16 @@ def test_norms_of_torch(norm):
     assert_same(compiled.out, Compiled(model, x, **NONE).out)
 
 
-def test_hugging_face_llama():
+@pytest.mark.parametrize(("name", "norm", "dtype"), [("Llama", "rms_norm", torch.float32), ("Gemma", "rms_norm_1p", torch.bfloat16)])
+def test_hugging_face_models(name, norm, dtype):
     transformers = pytest.importorskip("transformers", minversion="5")
-    config = transformers.LlamaConfig(
-        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=64
-    )
-    model, tokens = quantized(transformers.LlamaModel(config)), torch.randint(64, (2, 5))
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 64}
+    config = getattr(transformers, f"{name}Config")(**sizes, num_attention_heads=4, num_key_value_heads=2, head_dim=32)
+    model, tokens = getattr(transformers, f"{name}Model")(config), torch.randint(64, (2, 5))
+    for key, parameter in model.named_parameters():
+        if "norm" in key:
+            nn.init.normal_(parameter, std=0.5)
+    model = quantized(model, dtype)
 
     class Hidden(nn.Module):
         def __init__(self):
@@ -181,4 +185,5 @@ def test_hugging_face_llama():
 
     compiled = Compiled(Hidden(), tokens, **ALL)
     assert compiled.report.made == {"merge_siblings": 4, "fuse_norm": 4, "fuse_gate": 2, "fuse_residual": 4}
+    assert compiled.after.count(f" {norm}\n") == 4
     assert_same(compiled.out, Compiled(Hidden(), tokens, **NONE).out)

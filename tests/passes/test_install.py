@@ -190,6 +190,24 @@ def test_models_without_quantized_layers():
     assert passes.report() == passes.PassReport()
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_layers_that_stay_single_are_called_without_autograd(model, grad):
+    codes, rewrite = [], hq_compile.rewrite
+
+    def recorded(gm):
+        report = rewrite(gm)
+        codes.append(gm.code)
+        return report
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hq_compile, "rewrite", recorded)
+        compiled = Compiled(model, X, grad=grad, **NONE)
+    name = "rice_linear.default" if grad else "rice_linear.no_grad"
+    # `Compiled` runs the rewrites of the forward graph twice
+    assert all(code.count(name) == code.count("rice_linear.") == 2 for code in codes[:2]) and len(codes) >= 2
+    assert_same(compiled.out, model(X))
+
+
 def test_training_graphs_stay(model):
     compiled = Compiled(model, X, grad=True, **ALL)
     assert compiled.before == compiled.after

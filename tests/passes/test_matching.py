@@ -142,8 +142,40 @@ def test_what_is_no_norm(name):
 
 
 def test_norms_with_a_computed_weight_stay():
-    report = check(lambda m, x: m.a(rms(x) * (1 + m.norm.weight)), X, a=linear(), norm=LlamaNorm(128))
+    report = check(lambda m, x: m.a(rms(x) * (2 + m.norm.weight)), X, a=linear(), norm=LlamaNorm(128))
     assert not report.made and report.left == {("fuse_norm", "its weight or bias is computed"): 1}
+
+
+SCALE, SHIFT = torch.randn(2, 1, 128), torch.randn(2, 1, 128)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [slice(None), slice(1)])
+def test_modulated_norms(rows, dtype):
+    """One modulation for each sequence, or for all; also with the norm in fp32 and the rest in bf16, and where sizes vary."""
+    x, scale, shift = (t.to(dtype) for t in (X, SCALE[rows], SHIFT[rows]))
+
+    def forward(m, x, scale, shift):
+        wide = F.layer_norm(x.float(), (128,)) * (1 + scale.float()) + shift.float()
+        return m.a(F.layer_norm(x, (128,)) * (scale + 1) + shift) + m.b(wide.to(x.dtype)).sin() + m.c(shift + rms(x) * (1 + scale)).cos()
+
+    model = Around(forward, **{name: linear().to(dtype) for name in "abc"})
+    compiled = Compiled(model, x, scale, shift, dynamic=True, **ALL)
+    assert compiled.report.made["fuse_norm"] == 2 and compiled.after.count("layer_norm_1p") == 2
+    assert_same(compiled.out, model(x, scale, shift))
+
+
+NO_MODULATIONS = {
+    "for each place of a sequence": lambda m, x, scale, shift: m.a(F.layer_norm(x, (128,)) * (1 + x[:1]) + x[:1]),
+    "of two shapes": lambda m, x, scale, shift: m.a(F.layer_norm(x, (128,)) * (1 + scale) + shift[:1]),
+    "two more": lambda m, x, scale, shift: m.a(F.layer_norm(x, (128,)) * (2 + scale[0, 0]) + shift[0, 0]),
+    "less": lambda m, x, scale, shift: m.a(F.layer_norm(x, (128,)) * (1 - scale) - shift),
+}
+
+
+@pytest.mark.parametrize("name", NO_MODULATIONS)
+def test_what_is_no_modulation(name):
+    assert not check(NO_MODULATIONS[name], X, SCALE, SHIFT, a=linear()).made
 
 
 def test_norms_that_are_outputs_stay():

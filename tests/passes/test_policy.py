@@ -8,7 +8,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from hq_inductor.ops.launch import FUSED_BATCH
-from hq_inductor.passes import PassConfig
+from hq_inductor.passes import PassConfig, configured
+from hq_inductor.passes import compile_ahead as compile_ahead_module
 from hq_inductor.passes.linear_node import LinearNode
 from hq_inductor.passes.pipeline import rewrite
 from hq_inductor.passes.policy import why_not
@@ -51,10 +52,8 @@ def test_merging_always_pays():
     assert all(why_not("merge_siblings", layer, PassConfig()) is None for layer in (linear(1), linear(1, 4096), linear(1, device="cpu")))
 
 
-@pytest.mark.parametrize(("rows", "small"), [(1, True), (FUSED_BATCH, True), (FUSED_BATCH + 1, False)])
-@pytest.mark.parametrize("norm", ["rms", "layer"])
-def test_default_rewrites_of_a_cuda_graph(rows, small, norm):
-    """As Inductor decomposes it for CUDA, traced without a device."""
+def cuda_graph(rows, norm):
+    """A gated MLP with a norm before it, as Inductor decomposes it for CUDA, traced without a device."""
     linear = torch.ops.hyperquant.rice_linear
 
     def forward(x, weight, gate, up, down):
@@ -69,5 +68,36 @@ def test_default_rewrites_of_a_cuda_graph(rows, small, norm):
     with FakeTensorMode(), torch.no_grad():
         x, weight = (torch.empty(*shape, dtype=torch.bfloat16, device="cuda") for shape in ((rows, 128), (128,)))
         words = [torch.empty(n, tiles, 16, dtype=torch.int32, device="cuda") for n, tiles in ((256, 1), (256, 1), (128, 2))]
-        gm = make_fx(forward, decomposition_table=select_decomp_table())(x, weight, *words)
-    assert rewrite(gm).made == dict.fromkeys(["merge_siblings", *(NAMES if small else ())], 1)
+        return make_fx(forward, decomposition_table=select_decomp_table())(x, weight, *words)
+
+
+@pytest.mark.parametrize(("rows", "small"), [(1, True), (FUSED_BATCH, True), (FUSED_BATCH + 1, False)])
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_default_rewrites_of_a_cuda_graph(rows, small, norm):
+    with configured(compile_ahead=False):
+        assert rewrite(cuda_graph(rows, norm)).made == dict.fromkeys(["merge_siblings", *(NAMES if small else ())], 1)
+
+
+def test_kernels_of_rewritten_layers_are_compiled_ahead(monkeypatch, caplog):
+    calls = []
+    monkeypatch.setattr(compile_ahead_module, "compile_kernels_of", lambda function, args, kwargs: calls.append((function.__name__, args)))
+    with configured(compile_ahead=False):
+        rewrite(cuda_graph(1, "rms"))
+    assert not calls
+    rewrite(cuda_graph(1, "rms"))
+    assert [(name, len(args[1]), args[8]) for name, args in calls] == [
+        ("_rice_linear_fused_cuda", 2, "rms_norm_cast"),
+        ("_rice_linear_fused_cuda", 1, "silu_mul"),
+    ]
+
+
+def test_nothing_is_compiled_ahead_for_a_size_that_is_not_known(caplog):
+    graph, layer = fx.Graph(), linear(None)
+    x, qdata = graph.placeholder("x"), graph.placeholder("qdata")
+    node = graph.call_function(torch.ops.hyperquant.rice_linear.default, (x, qdata, None, None, "e8", 128, 32, 0))
+    x.meta["val"] = node.meta["val"] = layer.value("x")
+    with x.meta["val"].fake_mode:
+        qdata.meta["val"] = torch.empty(128, 1, 16, dtype=torch.int32, device="cuda")
+    with caplog.at_level("INFO", "hq_inductor.passes"):
+        assert compile_ahead_module.compile_ahead(graph) == 1
+    assert "not compiled ahead" in caplog.text

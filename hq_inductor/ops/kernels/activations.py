@@ -96,6 +96,7 @@ def load_activations(
     column,
     mask,
     PROLOGUE: tl.constexpr,
+    ADD_ONE: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
@@ -116,7 +117,10 @@ def load_activations(
         if PROLOGUE == "rms_norm_cast":
             x = x.to(DTYPE).to(tl.float32)
         if HAS_WEIGHT:
-            x = x * tl.load(norm_weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
+            gain = tl.load(norm_weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
+            if ADD_ONE:
+                gain = gain + 1.0
+            x = x * gain
         if HAS_BIAS:
             x = x + tl.load(norm_bias_ptr + column, mask=mask, other=0.0).to(tl.float32)
         x = tl.where(mask, x.to(DTYPE).to(tl.float32), 0.0)
@@ -140,6 +144,7 @@ def rotate(
     SEED: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     PROLOGUE: tl.constexpr,
+    ADD_ONE: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
@@ -150,7 +155,7 @@ def rotate(
     inside = (part * BLOCK < TILE) & (place >= 0)
     mask = inside & (column < in_features)
     x = load_activations(
-        x_ptr, gate_ptr, norm_weight_ptr, norm_bias_ptr, mean, inverse_deviation, column, mask, PROLOGUE, HAS_WEIGHT, HAS_BIAS
+        x_ptr, gate_ptr, norm_weight_ptr, norm_bias_ptr, mean, inverse_deviation, column, mask, PROLOGUE, ADD_ONE, HAS_WEIGHT, HAS_BIAS
     )
     if HAS_SCALE:
         x = x * tl.load(pre_scale_ptr + column, mask=mask, other=0.0).to(tl.float32)
@@ -158,12 +163,12 @@ def rotate(
     return hadamard(x, PARTS, BLOCK) * (1.0 / (BLOCK**0.5)), column, inside
 
 
-@triton.jit(do_not_specialize=["M", "M_PAD", "in_features", "counters", "eps"])
+@triton.jit(do_not_specialize=["M", "M_PAD", "in_features", "stride_norm", "period", "counters", "eps"])
 def rotate_quantize_kernel(
     x_ptr,  # [M, in_features], rows stride_xm apart
     gate_ptr,  # the same, rows stride_gm apart, or anything if the prologue has no gate
-    norm_weight_ptr,  # [in_features], or anything if not HAS_WEIGHT
-    norm_bias_ptr,  # [in_features], or anything if not HAS_BIAS
+    norm_weight_ptr,  # [in_features], or anything if not HAS_WEIGHT; NORM_ROWS: rows stride_norm apart, one for period rows
+    norm_bias_ptr,  # the same, or anything if not HAS_BIAS
     pre_scale_ptr,  # [in_features], or anything if not HAS_SCALE
     q_ptr,  # [tiles * TILE / 64, M_PAD, 64] int8, or with RING [M_PAD / RING, tiles * TILE / 16, RING, 16]
     act_scale_ptr,  # [tiles, M_PAD] fp32
@@ -173,6 +178,8 @@ def rotate_quantize_kernel(
     in_features,
     stride_xm,
     stride_gm,
+    stride_norm,
+    period,
     counters,
     eps,
     TILE: tl.constexpr,
@@ -181,8 +188,10 @@ def rotate_quantize_kernel(
     SEED: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     PROLOGUE: tl.constexpr,
+    ADD_ONE: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    NORM_ROWS: tl.constexpr,
     LATTICE: tl.constexpr,
     ALIGNED: tl.constexpr,
     PDL: tl.constexpr,
@@ -204,8 +213,12 @@ def rotate_quantize_kernel(
         in_features = in_features // 16 * 16
         stride_xm = stride_xm // 16 * 16
         stride_gm = stride_gm // 16 * 16
+        stride_norm = stride_norm // 16 * 16
     row = tl.minimum(m, M - 1).to(tl.int64)
     row_ptr = x_ptr + row * stride_xm
+    if NORM_ROWS:
+        norm_weight_ptr += row // period * stride_norm
+        norm_bias_ptr += row // period * stride_norm
     mean = 0.0
     inverse_deviation = 1.0
     if PROLOGUE == "rms_norm" or PROLOGUE == "rms_norm_cast" or PROLOGUE == "layer_norm":
@@ -227,6 +240,7 @@ def rotate_quantize_kernel(
         SEED,
         HAS_SCALE,
         PROLOGUE,
+        ADD_ONE,
         HAS_WEIGHT,
         HAS_BIAS,
     )
@@ -265,25 +279,29 @@ def row_statistics_kernel(
     tl.store(statistics_ptr + 2 * m + 1, inverse_deviation)
 
 
-@triton.jit(do_not_specialize=["in_features", "tiles"])
+@triton.jit(do_not_specialize=["in_features", "stride_norm", "period", "tiles"])
 def fp8_scale_kernel(
     x_ptr,  # [M, in_features], rows stride_xm apart
     gate_ptr,  # the same, rows stride_gm apart, or anything if the prologue has no gate
-    norm_weight_ptr,  # [in_features], or anything if not HAS_WEIGHT
-    norm_bias_ptr,  # [in_features], or anything if not HAS_BIAS
+    norm_weight_ptr,  # [in_features], or anything if not HAS_WEIGHT; NORM_ROWS: rows stride_norm apart, one for period rows
+    norm_bias_ptr,  # the same, or anything if not HAS_BIAS
     statistics_ptr,  # [M, 2] fp32, or anything if the prologue is no norm
     pre_scale_ptr,  # [in_features], or anything if not HAS_SCALE
     scale_ptr,  # [M] fp32
     in_features,
     stride_xm,
     stride_gm,
+    stride_norm,
+    period,
     tiles,
     TILE: tl.constexpr,
     PADDED: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     PROLOGUE: tl.constexpr,
+    ADD_ONE: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    NORM_ROWS: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
     """Program m: the scale of a row of e4m3; `PADDED` is the power of two from TILE up."""
@@ -291,8 +309,12 @@ def fp8_scale_kernel(
         in_features = in_features // 16 * 16
         stride_xm = stride_xm // 16 * 16
         stride_gm = stride_gm // 16 * 16
+        stride_norm = stride_norm // 16 * 16
     m = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, PADDED)
+    if NORM_ROWS:
+        norm_weight_ptr += m // period * stride_norm
+        norm_bias_ptr += m // period * stride_norm
     mean = 0.0
     inverse_deviation = 1.0
     if PROLOGUE == "rms_norm" or PROLOGUE == "rms_norm_cast" or PROLOGUE == "layer_norm":
@@ -305,7 +327,18 @@ def fp8_scale_kernel(
         column = t * TILE + place
         mask = (place < TILE) & (column < in_features)
         x = load_activations(
-            row_ptr, gate_row_ptr, norm_weight_ptr, norm_bias_ptr, mean, inverse_deviation, column, mask, PROLOGUE, HAS_WEIGHT, HAS_BIAS
+            row_ptr,
+            gate_row_ptr,
+            norm_weight_ptr,
+            norm_bias_ptr,
+            mean,
+            inverse_deviation,
+            column,
+            mask,
+            PROLOGUE,
+            ADD_ONE,
+            HAS_WEIGHT,
+            HAS_BIAS,
         )
         if HAS_SCALE:
             x = x * tl.load(pre_scale_ptr + column, mask=mask, other=0.0).to(tl.float32)
@@ -316,12 +349,12 @@ def fp8_scale_kernel(
     tl.store(scale_ptr + m, scale)
 
 
-@triton.jit(do_not_specialize=["in_features", "tiles"])
+@triton.jit(do_not_specialize=["in_features", "stride_norm", "period", "tiles"])
 def rotate_kernel(
     x_ptr,  # [M, in_features], rows stride_xm apart
     gate_ptr,  # the same, rows stride_gm apart, or anything if the prologue has no gate
-    norm_weight_ptr,  # [in_features], or anything if not HAS_WEIGHT
-    norm_bias_ptr,  # [in_features], or anything if not HAS_BIAS
+    norm_weight_ptr,  # [in_features], or anything if not HAS_WEIGHT; NORM_ROWS: rows stride_norm apart, one for period rows
+    norm_bias_ptr,  # the same, or anything if not HAS_BIAS
     statistics_ptr,  # [M, 2] fp32, or anything if the prologue is no norm
     pre_scale_ptr,  # [in_features], or anything if not HAS_SCALE
     out_ptr,  # [M, tiles * TILE]
@@ -329,6 +362,8 @@ def rotate_kernel(
     in_features,
     stride_xm,
     stride_gm,
+    stride_norm,
+    period,
     tiles,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -336,8 +371,10 @@ def rotate_kernel(
     SEED: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     PROLOGUE: tl.constexpr,
+    ADD_ONE: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    NORM_ROWS: tl.constexpr,
     LATTICE: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
@@ -347,8 +384,12 @@ def rotate_kernel(
         in_features = in_features // 16 * 16
         stride_xm = stride_xm // 16 * 16
         stride_gm = stride_gm // 16 * 16
+        stride_norm = stride_norm // 16 * 16
     m = tl.program_id(0).to(tl.int64)
     t = tl.program_id(1)
+    if NORM_ROWS:
+        norm_weight_ptr += m // period * stride_norm
+        norm_bias_ptr += m // period * stride_norm
     mean = 0.0
     inverse_deviation = 1.0
     if PROLOGUE == "rms_norm" or PROLOGUE == "rms_norm_cast" or PROLOGUE == "layer_norm":
@@ -370,6 +411,7 @@ def rotate_kernel(
         SEED,
         HAS_SCALE,
         PROLOGUE,
+        ADD_ONE,
         HAS_WEIGHT,
         HAS_BIAS,
     )

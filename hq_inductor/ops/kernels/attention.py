@@ -33,6 +33,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .bits import INTERPRETED
 from .exact_tokens import apply_mask, exact_step, query_8
+from .memory import store_global
 from .shared import (
     declare_shared,
     load_shared,
@@ -513,12 +514,12 @@ def attention_kernel(
             for w in tl.static_range(NUM_WARPS):
                 total += shares[w] * load_shared(base + ((w * 8 + c) * PERIOD + d) * 4).to(tl.float32, bitcast=True)
             if SPLIT:
-                tl.store(partial_ptr + part_row.to(tl.int64) * PERIOD + d, total, mask=real)
+                store_global(partial_ptr + part_row.to(tl.int64) * PERIOD + d, total, real)
             else:
                 place = d - first_in_period(sub, HEAD_DIM, JOIN, PERIOD)
                 mask = real & (place >= 0) & (place < HEAD_DIM)
                 value = total / tl.where(norm > 0, norm, 1.0)
-                tl.store(out_ptr + out_row * HEAD_DIM + place, value.to(out_ptr.dtype.element_ty), mask=mask)
+                store_global(out_ptr + out_row * HEAD_DIM + place, value.to(out_ptr.dtype.element_ty), mask)
         if SPLIT:
-            tl.store(state_ptr + part_row * 2, largest, mask=real & (lane == 0))
-            tl.store(state_ptr + part_row * 2 + 1, norm, mask=real & (lane == 0))
+            store_global(state_ptr + part_row * 2, largest, real & (lane == 0))
+            store_global(state_ptr + part_row * 2 + 1, norm, real & (lane == 0))

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from .bits import INTERPRETED
-from .memory import load_16, load_global, store_global
-from .shared import commit_copies, copy_async_4, copy_async_8
+from .memory import load_16, load_16_float, load_global, store_16, store_global
+from .shared import commit_copies, copy_async_4, copy_async_8, copy_async_16, load_shared_16
 
 if INTERPRETED:
 
@@ -74,6 +74,35 @@ def stage_stream(
             source = words_ptr + tile_offset(strip, row, t, N, tiles, WORDS) + (RAW + word)
             copy_async_4(address + row * (ROW_BYTES + 8) + 4 * word, source)
     commit_copies(lane)
+
+
+@triton.jit
+def stage_tiles(words_ptr, strip, t, N, tiles, lane, address, WORDS: tl.constexpr, STRIDE: tl.constexpr):
+    """Start copying tile `t` of 16 rows to a buffer, rows STRIDE bytes apart; WORDS is a multiple of 4."""
+    CHUNKS: tl.constexpr = WORDS // 4
+    for step in tl.static_range(0, (16 * CHUNKS + 31) // 32):
+        index = step * 32 + lane
+        # past the last row: the same bytes again
+        row = tl.minimum(index // CHUNKS, 15)
+        chunk = index % CHUNKS
+        copy_async_16(address + row * STRIDE + 16 * chunk, words_ptr + tile_offset(strip, row, t, N, tiles, WORDS) + 4 * chunk)
+
+
+@triton.jit
+def stage_scales(column_ptr, lane, address, COLUMNS: tl.constexpr):
+    """Start copying COLUMNS scales to a buffer."""
+    for step in tl.static_range(0, (COLUMNS + 127) // 128):
+        # past the last column: the last ones again
+        place = tl.minimum(4 * (step * 32 + lane), COLUMNS - 4)
+        copy_async_16(address + 4 * place, column_ptr + place)
+
+
+@triton.jit
+def load_staged_chunks(words, address, j, FIRST: tl.constexpr, LAST: tl.constexpr):
+    """As `load_chunks`, from a tile in shared memory."""
+    for c in tl.static_range(FIRST, LAST):
+        words = words + load_shared_16(address + (64 * c + 16 * j))
+    return words
 
 
 @triton.jit
@@ -168,8 +197,10 @@ def finish(
     HAS_RESIDUAL: tl.constexpr,
     NUM_WARPS: tl.constexpr,
 ):
-    """Sums of a warp's 16 rows and `8 BLOCKS` batch columns from m0 on, four per thread and block, to the output; of several parts the last
-    one adds them up."""
+    """Sums of a warp's 16 rows and `8 BLOCKS` batch columns from m0 on, four per thread and block, to the output.
+
+    Of several parts the last one adds them up: they lie in `partial_ptr` as threads hold them, fp32 `[parts, strips, BLOCKS, 32, 4]`.
+    """
     j = lane % 4
     r = lane // 4
     splits = tl.num_programs(1)
@@ -177,29 +208,28 @@ def finish(
     row_v = row_u + 8
     mine = row_u - r < N
     if SPLIT:
+        # strips beyond the last row count too
+        strips = tl.num_programs(0) * tl.num_programs(2) * NUM_WARPS
+        mine_among = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * NUM_WARPS + warp
         for b in tl.static_range(BLOCKS):
-            for i in tl.static_range(4):
-                row = row_u if i < 2 else row_v
-                m = m0 + 8 * b + 2 * j + i % 2
-                store_global(partial_ptr + (part * M_PAD + m).to(tl.int64) * total + (column + row), totals[4 * b + i], row < N)
-        # strips beyond the last row count too, in counters of their own
-        counter = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * NUM_WARPS + warp
-        mine = mine & (count_in(counter_ptr + counter, lane, NUM_WARPS) == splits - 1)
+            place = (part * strips + mine_among).to(tl.int64) * (128 * BLOCKS) + (128 * b + 4 * lane)
+            store_16(partial_ptr + place, totals[4 * b], totals[4 * b + 1], totals[4 * b + 2], totals[4 * b + 3])
+        mine = mine & (count_in(counter_ptr + mine_among, lane, NUM_WARPS) == splits - 1)
         # all loads of a round are under way together
-        ROUND: tl.constexpr = 4 // BLOCKS if BLOCKS < 4 else 1
+        ROUND: tl.constexpr = 8 // BLOCKS if BLOCKS <= 4 else 2
         totals = ()
         for _ in tl.static_range(4 * BLOCKS):
-            totals = totals + (tl.zeros([32 * NUM_WARPS], tl.float32),)
+            totals = totals + ((lane * 0).to(tl.float32),)
         for first in range(0, splits, ROUND):
+            parts = ()
+            for s in tl.static_range(ROUND):
+                for b in tl.static_range(BLOCKS):
+                    place = ((first + s) * strips + mine_among).to(tl.int64) * (128 * BLOCKS) + (128 * b + 4 * lane)
+                    parts = parts + load_16_float(partial_ptr + place, mine & (first + s < splits))
             for s in tl.static_range(ROUND):
                 summed = ()
-                for b in tl.static_range(BLOCKS):
-                    for i in tl.static_range(4):
-                        row = row_u if i < 2 else row_v
-                        m = m0 + 8 * b + 2 * j + i % 2
-                        mask = mine & (row < N) & (m < M) & (first + s < splits)
-                        place = ((first + s) * M_PAD + m).to(tl.int64) * total + (column + row)
-                        summed = summed + (totals[4 * b + i] + load_global(partial_ptr + place, mask, True),)
+                for i in tl.static_range(4 * BLOCKS):
+                    summed = summed + (totals[i] + parts[4 * BLOCKS * s + i],)
                 totals = summed
     for b in tl.static_range(BLOCKS):
         for i in tl.static_range(4):

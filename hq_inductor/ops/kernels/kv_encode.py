@@ -1,4 +1,4 @@
-"""Encode new tokens into slots of the KV cache: scale, lattice points and bits of one slot per program.
+"""Encode new tokens into slots of the KV cache: scale, lattice points and bits of one slot per program, keys and values side by side.
 
 Definition.  As `hq_inductor.format.quantizer`: the finest scale at which the code fits, points by error plus lambda times bits (effort 0:
              lambda 0, the nearest ones), then the least lambda that fits at that scale, and the least-squares scale. Slots decode with
@@ -18,6 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .activations import round_to_even
 from .bits import reverse_bits, shift_right
+from .memory import load_global
 
 _SCALE_CODES = tl.constexpr(4096)
 
@@ -56,8 +57,8 @@ def _round_coset(y, coset: tl.constexpr, price, bits_ptr, LIMIT: tl.constexpr, E
         own = 4.0 * rest * rest
         symbol = below.to(tl.int32)
         if EFFORT > 0:
-            bits_below = tl.load(bits_ptr + (symbol + LIMIT)) * price
-            difference += tl.load(bits_ptr + (symbol + (LIMIT + 1))) * price - bits_below
+            bits_below = load_global(bits_ptr + (symbol + LIMIT)) * price
+            difference += load_global(bits_ptr + (symbol + (LIMIT + 1))) * price - bits_below
             own += bits_below
         above = difference < 0
         symbol = tl.where(above, symbol + 1, symbol)
@@ -147,6 +148,9 @@ def _slot_in_page(position, b, h, heads, max_tokens, page_ptr, num_pages, max_pa
         "stride_xb",
         "stride_xh",
         "stride_xs",
+        "stride_x2b",
+        "stride_x2h",
+        "stride_x2s",
         "stride_pb",
         "num_pages",
         "max_pages",
@@ -157,6 +161,8 @@ def encode_kernel(
     x_ptr,  # [B, all_heads, S, HEAD_DIM], strided, last dimension contiguous
     position_ptr,  # [S] int64, or [B, S] of row stride `stride_pb`
     words_ptr,  # [B, heads, max_tokens, WORDS] int32, or if PAGED [num_pages, heads, page_size, WORDS]
+    x2_ptr,  # if PAIR another x of the same shape and dtype, strides of its own
+    words2_ptr,  # and its words
     lengths_ptr,  # [CLASSES^4] int32
     codewords_ptr,  # [CLASSES^4] int32
     bits_ptr,  # [2 LIMIT] fp32, of symbols -LIMIT to LIMIT - 1
@@ -167,6 +173,9 @@ def encode_kernel(
     stride_xb,
     stride_xh,
     stride_xs,
+    stride_x2b,
+    stride_x2h,
+    stride_x2s,
     stride_pb,
     num_pages,
     max_pages,
@@ -187,10 +196,11 @@ def encode_kernel(
     EFFORT: tl.constexpr,
     CANDIDATES: tl.constexpr,
     FINER: tl.constexpr,  # candidates that are finer than the scale at which Gaussians come to rest on the average (`start_rms`)
+    PAIR: tl.constexpr,
     PAGED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (i, s): token s of head i of slots."""
+    """Program (i, s, r): token s of head i of slots, of x for r = 0 and of the other one for r = 1."""
     GROUPS: tl.constexpr = TILE // 128
     RAW: tl.constexpr = 4 * K * GROUPS
     STREAM: tl.constexpr = WORDS - RAW
@@ -204,6 +214,10 @@ def encode_kernel(
     s = tl.program_id(1)
     b = unit // heads
     h = unit % heads
+    if PAIR:
+        if tl.program_id(2) == 1:
+            x_ptr, words_ptr = x2_ptr, words2_ptr
+            stride_xb, stride_xh, stride_xs = stride_x2b, stride_x2h, stride_x2s
     position = tl.load(position_ptr + b * stride_pb + s)
     if PAGED:
         slot, exists = _slot_in_page(position, b, h, heads, max_tokens, page_ptr, num_pages, max_pages, page_size)
@@ -262,8 +276,8 @@ def encode_kernel(
             unmoved = tl.where(is_even, even[i], odd[i])
             t = t + (tl.where(moved_place == i, unmoved + step, unmoved),)
         # symbols are the t of both cosets: odd codes are complemented, 2 t + 1 = (2 t') ^ -1 with t' = -t - 1, and so are t
-        length = tl.load(lengths_ptr + _quad(t[0], t[1], t[2], t[3], K, CLASSES))
-        length += tl.load(lengths_ptr + _quad(t[4], t[5], t[6], t[7], K, CLASSES))
+        length = load_global(lengths_ptr + _quad(t[0], t[1], t[2], t[3], K, CLASSES))
+        length += load_global(lengths_ptr + _quad(t[4], t[5], t[6], t[7], K, CLASSES))
         length = tl.where(vector[None, :] * 8 < TILE, length, 0)
         both = tl.sum(tl.where(left_lanes, length, length << 16), 1)
         wall_code, wall = _wall(both & 0xFFFF, END, WALL_UNIT)
@@ -331,9 +345,9 @@ def encode_kernel(
     # stream plane
     first_quad = _quad(symbols[0], symbols[1], symbols[2], symbols[3], K, CLASSES)
     second_quad = _quad(symbols[4], symbols[5], symbols[6], symbols[7], K, CLASSES)
-    second_length = tl.load(lengths_ptr + second_quad)
-    length = tl.load(lengths_ptr + first_quad) + second_length
-    value = (tl.load(codewords_ptr + first_quad) << second_length) | tl.load(codewords_ptr + second_quad)
+    second_length = load_global(lengths_ptr + second_quad)
+    length = load_global(lengths_ptr + first_quad) + second_length
+    value = (load_global(codewords_ptr + first_quad) << second_length) | load_global(codewords_ptr + second_quad)
     length = tl.where(vector * 8 < TILE, length, 0)
     value = tl.where(vector * 8 < TILE, value, 0)
     value = tl.where(lane % 2 == 1, shift_right(reverse_bits(value), 32 - tl.maximum(length, 1)), value)

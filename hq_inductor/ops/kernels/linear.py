@@ -15,12 +15,21 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .bits import INTERPRETED
-from .blocks import finish, load_chunks, stage_stream, tile_offset, weight_of_block
+from .blocks import (
+    finish,
+    load_chunks,
+    load_staged_chunks,
+    stage_scales,
+    stage_stream,
+    stage_tiles,
+    tile_offset,
+    weight_of_block,
+)
 from .memory import load_16, load_global
-from .shared import TABLE_BYTES, declare_shared, load_table, wait_copies
+from .shared import TABLE_BYTES, commit_copies, declare_shared, load_shared_floats, load_table, shared_base, wait_copies
 from .tile import decode_vector, first_cursor, first_words, load_raw, next_quads, read_header, restore_signs, stream_word
 from .warp import mma_s8
-from .warpgroup import fill, next_products, open_ring, products_wait, shared_base
+from .warpgroup import fill, next_products, open_ring, products_wait
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -94,16 +103,16 @@ def _multiply_group(
     return sums, (first_u, second_u, x_u, first_v, second_v, x_v), place
 
 
-# one binary for all sizes
-@triton.jit(do_not_specialize=["M", "M_PAD", "N", "N1", "N2", "N3", "tiles"])
-def linear_kernel(
+@triton.jit
+def linear_block(
+    thread,  # number of the thread
     words_ptr,  # [N, tiles, WORDS] int32
     table_ptr,  # [4096] int32
     x_ptr,  # [tiles * TILE / 64, M_PAD, 64] int8, or with STAGES [M_PAD / COLUMNS, tiles * TILE / 16, COLUMNS, 16]
     act_scale_ptr,  # [tiles, M_PAD] fp32
     bias_ptr,  # [N], or anything if not HAS_BIAS
     out_ptr,  # [M, N + N1 + N2 + N3]
-    partial_ptr,  # [parts, M_PAD, N + N1 + N2 + N3] fp32 if SPLIT
+    partial_ptr,  # fp32 if SPLIT: `finish`
     counter_ptr,  # [blocks] int32 zeros if SPLIT
     M,
     M_PAD,
@@ -140,6 +149,8 @@ def linear_kernel(
     PDL: tl.constexpr,
     STEPS: tl.constexpr,  # with STAGES: steps of 32 coefficients per chunk
     STAGES: tl.constexpr,  # chunks in the ring; 0: no ring, activations through the L1
+    STAGED: tl.constexpr,  # whole tiles, and the activations' scales, come through shared memory; needs CHUNKED and a ring
+    SHARED: tl.constexpr,  # symbol of the block's shared memory
 ):
     """Program (i, p, c): rows 16 NUM_WARPS i on, part p of the tiles, batch columns COLUMNS c on."""
     STREAM: tl.constexpr = WORDS - RAW
@@ -168,7 +179,6 @@ def linear_kernel(
     )
     part = tl.program_id(1)
     m0 = tl.program_id(2) * COLUMNS
-    thread = tl.arange(0, 32 * NUM_WARPS)
     lane = thread % 32
     warp = thread // 32
     j = lane % 4
@@ -183,31 +193,38 @@ def linear_kernel(
     x_step = M_PAD * 64
     x_row = (m0 + r) * 64 + j * 16
     # of a warp: two buffers, used in turns
-    BUFFER: tl.constexpr = 16 * (ROW_BYTES + 8)
+    STRIDE: tl.constexpr = 4 * WORDS + 16 if STAGED else ROW_BYTES + 8
+    BUFFER: tl.constexpr = 16 * STRIDE
     CHUNK: tl.constexpr = 32 * STEPS * COLUMNS
     table_address = thread * 0
     buffers = thread * 0
+    scales = thread * 0
     slots = 0
     barriers = 0
     if not _INTERPRETED:
-        table_address = declare_shared(thread)
+        table_address = shared_base(thread, SHARED)
         load_table(table_ptr, table_address, thread, NUM_WARPS)
         buffers = table_address + TABLE_BYTES + warp * (2 * BUFFER)
         if STAGES > 0:
-            slots = shared_base(part) + (TABLE_BYTES + NUM_WARPS * 2 * (BUFFER if ROW_BYTES > 0 else 0))
+            after: tl.constexpr = TABLE_BYTES + NUM_WARPS * 2 * (BUFFER if ROW_BYTES > 0 else 0)
+            scales = table_address + after + warp * (8 * COLUMNS)
+            slots = shared_base(part, SHARED) + (after + (NUM_WARPS * 8 * COLUMNS if STAGED else 0))
             barriers = slots + STAGES * CHUNK
             open_ring(barriers, thread, STAGES, NUM_WARPS)
-        if ROW_BYTES > 0:
+        if STAGED:
+            stage_tiles(words_ptr, strip, first_tile, N, tiles, lane, buffers, WORDS, STRIDE)
+        elif ROW_BYTES > 0:
             stage_stream(words_ptr, strip, first_tile, N, tiles, lane, buffers, RAW, WORDS, ROW_BYTES, ALIGNED)
     tile_u = tile_offset(strip, r, first_tile, N, tiles, WORDS)
     tile_v = tile_offset(strip, r + 8, first_tile, N, tiles, WORDS)
-    if CHUNKED:
+    if CHUNKED and not STAGED:
         ahead_u = load_chunks((), words_ptr + tile_u, j, 0, FIRST)
         ahead_v = load_chunks((), words_ptr + tile_v, j, 0, FIRST)
-    else:
+    elif not STAGED:
         ahead_u = load_raw(words_ptr + tile_u, 0, j, K, LATTICE, GROUPS)
         ahead_v = load_raw(words_ptr + tile_v, 0, j, K, LATTICE, GROUPS)
     if not _INTERPRETED:
+        commit_copies(lane)
         wait_copies(lane)
         tl.debug_barrier()
     if PDL:
@@ -220,6 +237,9 @@ def linear_kernel(
         chunks = (last_tile - first_tile) * (TILE // (32 * STEPS))
         place = (0, 0, 0, 0, 0, 0, 0)
         source = (x_ptr, slots, barriers, chunks, thread, lane)
+        if STAGED:
+            stage_scales(act_scale_ptr + first_tile * M_PAD + m0, lane, scales, COLUMNS)
+            commit_copies(lane)
         for stage in tl.static_range(STAGES):
             fill(thread + tl.where(stage < chunks, 0, 256), barriers + 8 * stage, slots + CHUNK * stage, x_ptr + CHUNK * stage, CHUNK)
     # bits before the rows' stream planes: in shared memory, or of a plane by itself
@@ -228,18 +248,27 @@ def linear_kernel(
 
     totals = ()
     for _ in tl.static_range(4 * BLOCKS):
-        totals = totals + (tl.zeros([32 * NUM_WARPS], tl.float32),)
+        totals = totals + ((thread * 0).to(tl.float32),)
     for t in range(first_tile, last_tile):
+        # not read where the planes have copies
         streams = (words_ptr + tile_u + RAW, words_ptr + tile_v + RAW)
         if ROW_BYTES > 0:
             wait_copies(lane)
             turn = (t - first_tile) & 1
-            bits_u = (buffers + (turn * BUFFER + r * (ROW_BYTES + 8))) * 8
-            bits_v = bits_u + 8 * 8 * (ROW_BYTES + 8)
-            stage_stream(words_ptr, strip, t + 1, N, tiles, lane, buffers + (BUFFER - turn * BUFFER), RAW, WORDS, ROW_BYTES, ALIGNED)
+            tile_address = buffers + (turn * BUFFER + r * STRIDE)
+            bits_u = (tile_address + (4 * RAW if STAGED else 0)) * 8
+            bits_v = bits_u + 8 * 8 * STRIDE
+            other = buffers + (BUFFER - turn * BUFFER)
+            if STAGED:
+                stage_tiles(words_ptr, strip, t + 1, N, tiles, lane, other, WORDS, STRIDE)
+                next_ptr = act_scale_ptr + tl.minimum(t + 1, tiles - 1) * M_PAD + m0
+                stage_scales(next_ptr, lane, scales + (4 * COLUMNS - turn * (4 * COLUMNS)), COLUMNS)
+                commit_copies(lane)
+            else:
+                stage_stream(words_ptr, strip, t + 1, N, tiles, lane, other, RAW, WORDS, ROW_BYTES, ALIGNED)
         column_ptr = act_scale_ptr + t * M_PAD + m0 + 2 * j
         column_scales = ()
-        if BLOCKS <= 2:
+        if BLOCKS <= 2 and not STAGED:
             # under way long before the end of the tile, as far as registers go
             for b in tl.static_range(BLOCKS):
                 column_scales = column_scales + (load_global(column_ptr + 8 * b), load_global(column_ptr + 8 * b + 1))
@@ -255,13 +284,25 @@ def linear_kernel(
 
         sums = ()
         for _ in tl.static_range(4 * BLOCKS):
-            sums = sums + (tl.zeros([32 * NUM_WARPS], tl.int32),)
+            sums = sums + (thread * 0,)
         if CHUNKED:
-            words_u = ahead_u
-            words_v = ahead_v
+            if STAGED:
+                words_u = load_staged_chunks((), tile_address, j, 0, FIRST)
+                words_v = load_staged_chunks((), tile_address + 8 * STRIDE, j, 0, FIRST)
+            else:
+                words_u = ahead_u
+                words_v = ahead_v
             for g in tl.static_range(GROUPS):
                 # what the next group needs is under way while this one is decoded
-                if g + 1 < GROUPS:
+                if STAGED and g + 1 < GROUPS:
+                    words_u = load_staged_chunks(words_u, tile_address, j, (K * g + K - 1) // 4 + 1, (K * g + 2 * K - 1) // 4 + 1)
+                    words_v = load_staged_chunks(
+                        words_v, tile_address + 8 * STRIDE, j, (K * g + K - 1) // 4 + 1, (K * g + 2 * K - 1) // 4 + 1
+                    )
+                elif STAGED:
+                    next_u = tile_u
+                    next_v = tile_v
+                elif g + 1 < GROUPS:
                     words_u = load_chunks(words_u, words_ptr + tile_u, j, (K * g + K - 1) // 4 + 1, (K * g + 2 * K - 1) // 4 + 1)
                     words_v = load_chunks(words_v, words_ptr + tile_v, j, (K * g + K - 1) // 4 + 1, (K * g + 2 * K - 1) // 4 + 1)
                 else:
@@ -330,7 +371,10 @@ def linear_kernel(
 
         if STAGES > 0:
             sums = products_wait(sums, COLUMNS)
-        if BLOCKS > 2:
+        if STAGED:
+            for b in tl.static_range(BLOCKS):
+                column_scales = column_scales + load_shared_floats(scales + (turn * (4 * COLUMNS) + 32 * b + 8 * j))
+        elif BLOCKS > 2:
             for b in tl.static_range(BLOCKS):
                 column_scales = column_scales + (load_global(column_ptr + 8 * b), load_global(column_ptr + 8 * b + 1))
         updated_totals = ()
@@ -373,4 +417,104 @@ def linear_kernel(
         HAS_BIAS,
         HAS_RESIDUAL,
         NUM_WARPS,
+    )
+
+
+# one binary for all sizes
+@triton.jit(do_not_specialize=["M", "M_PAD", "N", "N1", "N2", "N3", "tiles"])
+def linear_kernel(
+    words_ptr,  # [N, tiles, WORDS] int32
+    table_ptr,  # [4096] int32
+    x_ptr,  # [tiles * TILE / 64, M_PAD, 64] int8, or with STAGES [M_PAD / COLUMNS, tiles * TILE / 16, COLUMNS, 16]
+    act_scale_ptr,  # [tiles, M_PAD] fp32
+    bias_ptr,  # [N], or anything if not HAS_BIAS
+    out_ptr,  # [M, N + N1 + N2 + N3]
+    partial_ptr,  # fp32 if SPLIT: `finish`
+    counter_ptr,  # [blocks] int32 zeros if SPLIT
+    M,
+    M_PAD,
+    N,
+    tiles,
+    residual_ptr,  # [M, N + N1 + N2 + N3], rows stride_residual apart, or anything if not HAS_RESIDUAL
+    stride_residual,
+    words1_ptr,  # siblings, for SIBLINGS > 1, 2, 3
+    words2_ptr,
+    words3_ptr,
+    bias1_ptr,
+    bias2_ptr,
+    bias3_ptr,
+    N1,
+    N2,
+    N3,
+    LATTICE: tl.constexpr,
+    K: tl.constexpr,
+    SHIFT: tl.constexpr,
+    GAIN: tl.constexpr,
+    LENGTH_PLACE: tl.constexpr,
+    TILE: tl.constexpr,
+    WORDS: tl.constexpr,
+    RAW: tl.constexpr,
+    WALL_UNIT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROW_BYTES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    SIBLINGS: tl.constexpr,
+    NUM_WARPS: tl.constexpr,
+    PDL: tl.constexpr,
+    STEPS: tl.constexpr,  # with STAGES: steps of 32 coefficients per chunk
+    STAGES: tl.constexpr,  # chunks in the ring; 0: no ring, activations through the L1
+):
+    thread = tl.arange(0, 32 * NUM_WARPS)
+    if not _INTERPRETED:
+        declare_shared(thread)
+    linear_block(
+        thread,
+        words_ptr,
+        table_ptr,
+        x_ptr,
+        act_scale_ptr,
+        bias_ptr,
+        out_ptr,
+        partial_ptr,
+        counter_ptr,
+        M,
+        M_PAD,
+        N,
+        tiles,
+        residual_ptr,
+        stride_residual,
+        words1_ptr,
+        words2_ptr,
+        words3_ptr,
+        bias1_ptr,
+        bias2_ptr,
+        bias3_ptr,
+        N1,
+        N2,
+        N3,
+        LATTICE,
+        K,
+        SHIFT,
+        GAIN,
+        LENGTH_PLACE,
+        TILE,
+        WORDS,
+        RAW,
+        WALL_UNIT,
+        ALIGNED,
+        ROW_BYTES,
+        COLUMNS,
+        SPLIT,
+        HAS_BIAS,
+        HAS_RESIDUAL,
+        SIBLINGS,
+        NUM_WARPS,
+        PDL,
+        STEPS,
+        STAGES,
+        False,
+        "hq_shared",
     )

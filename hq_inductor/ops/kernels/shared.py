@@ -7,7 +7,8 @@ Triton allocates shared memory only for its own conversions, and has no gather f
     after that                      what else a kernel wants (`hq_inductor.ops.kernels.warpgroup`); at least OVERRUN
 
 A decoder that corrupt words lead astray reads up to OVERRUN bytes before or after a row: other rows, the table, or what comes after; never
-outside. 48 KiB are the most that a kernel may declare statically.
+outside. 48 KiB are the most that a kernel may declare statically;
+`hq_inductor.ops.kernels.linear_ring` has Gluon allocate more.
 """
 
 from __future__ import annotations
@@ -26,11 +27,6 @@ OVERRUN = 48 * 31 // 8 + 8
 def buffer_bytes(row_bytes: int) -> int:
     """Bytes of a warp's two buffers."""
     return 32 * (row_bytes + 8) if row_bytes else 0
-
-
-def most_warps(row_bytes: int) -> int:
-    """Warps per block that shared memory has buffers for."""
-    return 8 if TABLE_BYTES.value + 8 * buffer_bytes(row_bytes) + OVERRUN <= SHARED_BYTES.value else 4
 
 
 def row_bytes(stream_words: int) -> int:
@@ -52,12 +48,32 @@ def declare_shared(thread):
     )
 
 
+@triton.constexpr_function
+def _base_asm(symbol):
+    return f"mov.u32 $0, {symbol};"
+
+
+@triton.jit
+def shared_base(x, SYMBOL: tl.constexpr):
+    """Address of the block's shared memory, int32 of the shape of `x`, the same in all threads."""
+    return tl.inline_asm_elementwise(_base_asm(SYMBOL), "=r,r", [x], tl.int32, is_pure=True, pack=1)
+
+
 if INTERPRETED:
     # an address is one of global memory: `scratch_address` of a tensor that stands in
 
     @triton.jit
     def load_shared(address):
         return tl.load(address.to(tl.pointer_type(tl.int32)))
+
+    @triton.jit
+    def load_shared_16(address):
+        return load_shared(address), load_shared(address + 4), load_shared(address + 8), load_shared(address + 12)
+
+    @triton.jit
+    def load_shared_floats(address):
+        pointer = address.to(tl.pointer_type(tl.float32))
+        return tl.load(pointer), tl.load(pointer + 1)
 
     @triton.jit
     def store_shared(address, value):
@@ -95,6 +111,25 @@ else:
     def load_shared(address):
         """One int32 word per thread."""
         return tl.inline_asm_elementwise("ld.shared.b32 $0, [$1];", "=r,r", [address], tl.int32, is_pure=False, pack=1)
+
+    @triton.jit
+    def load_shared_16(address):
+        """Four int32 words per thread from 16 aligned bytes."""
+        return tl.inline_asm_elementwise(
+            "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];",
+            "=r,=r,=r,=r,r",
+            [address],
+            (tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=False,
+            pack=1,
+        )
+
+    @triton.jit
+    def load_shared_floats(address):
+        """Two fp32 per thread from 8 aligned bytes."""
+        return tl.inline_asm_elementwise(
+            "ld.shared.v2.f32 {$0, $1}, [$2];", "=f,=f,r", [address], (tl.float32, tl.float32), is_pure=False, pack=1
+        )
 
     @triton.jit
     def store_shared(address, value):

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from .bits import INTERPRETED, funnel_left, reverse_bits, rotate_left, shift_right
+from .memory import load_global
 from .shared import commit_copies, copy_async_16, load_shared
 from .tile import read_header
 
@@ -50,7 +51,7 @@ def stage_slots(head_ptr, step, pieces, lane, address, WORDS: tl.constexpr, RAW:
 @triton.jit
 def page_entry(row_ptr, step, max_pages, page_shift):
     """Entry of a row of the page table for tokens `16 step` to `16 step + 15`, the last one's beyond the end."""
-    return tl.load(row_ptr + tl.minimum(step >> page_shift, max_pages - 1))
+    return load_global(row_ptr + tl.minimum(step >> page_shift, max_pages - 1))
 
 
 @triton.jit

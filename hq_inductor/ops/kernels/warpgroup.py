@@ -18,28 +18,38 @@ import triton
 import triton.language as tl
 
 from .bits import INTERPRETED
-from .shared import SHARED_BYTES, TABLE_BYTES, buffer_bytes
+from .shared import TABLE_BYTES, buffer_bytes
 from .warp import mma_s8
 
 _BARRIER_BYTES = tl.constexpr(128)
-MAX_STAGES = _BARRIER_BYTES.value // 16
 
 
-def ring_stages(columns: int, num_warps: int, row_bytes: int) -> tuple[int, int]:
-    """(steps of 32 coefficients per chunk, stages) of a block whose warps hold stream planes in rows of `row_bytes`."""
-    room = SHARED_BYTES.value - TABLE_BYTES.value - num_warps * buffer_bytes(row_bytes) - _BARRIER_BYTES.value
+# shared memory that the blocks of a multiprocessor can have together, in KiB
+_MULTIPROCESSOR_KB = 226
+
+
+def ring_shape(columns: int, num_warps: int, blocks: int, words: int, row_bytes: int, staged: bool) -> tuple[int, int, int]:
+    """Steps of 32 coefficients per chunk, chunks, and shared memory in KiB of a block with a ring for `columns` rows of the second factor.
+
+    Args:
+        blocks: of a multiprocessor.
+        words: of a tile, of which warps hold two of 16 rows if `staged`; else only stream planes, in rows of `row_bytes`.
+
+    Raises:
+        ValueError: there is no room for three chunks.
+    """
+    warp = 2 * 16 * (4 * words + 16) + 8 * columns if staged else buffer_bytes(row_bytes)
+    fixed = TABLE_BYTES.value + num_warps * warp + _BARRIER_BYTES.value
     # few barriers, but three chunks at least
-    steps = next((steps for steps in (4, 2, 1) if 3 * 32 * columns * steps <= room), 0)
-    if not steps:
-        raise ValueError(f"columns must be at most {room // 96} for {num_warps} warps with rows of {row_bytes} bytes, got {columns}")
-    return steps, min(MAX_STAGES, room // (32 * columns * steps))
+    for steps in (4, 2, 1):
+        stages = (_MULTIPROCESSOR_KB // blocks * 1024 - fixed) // (32 * steps * columns)
+        if stages >= 3:
+            stages = min(stages, 4)
+            return steps, stages, -(-(fixed + stages * 32 * steps * columns) // 1024)
+    raise ValueError(f"columns must be fewer for {blocks} blocks of {num_warps} warps and tiles of {words} words, got {columns}")
 
 
 if INTERPRETED:
-
-    @triton.jit
-    def shared_base(scalar):
-        return scalar * 0
 
     @triton.jit
     def open_ring(address, thread, STAGES: tl.constexpr, NUM_WARPS: tl.constexpr):
@@ -102,11 +112,6 @@ else:
     @triton.constexpr_function
     def _words(columns):
         return (tl.int32,) * (columns // 2)
-
-    @triton.jit
-    def shared_base(scalar):
-        """Address of the block's shared memory (`declare_shared` before), the same in all threads as `scalar` is."""
-        return tl.inline_asm_elementwise("mov.u32 $0, hq_shared;", "=r,r", [scalar], tl.int32, is_pure=True, pack=1)
 
     @triton.jit
     def open_ring(address, thread, STAGES: tl.constexpr, NUM_WARPS: tl.constexpr):

@@ -113,6 +113,19 @@ def check_store(bps, tile, head_dim, effort, launches):
     assert (found <= torch.tensor([1.05, 1.05, 2.0, 1.05])[inside] * expected + 1e-12).all(), (found, expected)
 
 
+def check_store_pair():
+    """Two in one launch, each with strides of its own, get the words that they get alone."""
+    layout = TileLayout("e8", 128, 20, 10)
+    states = torch.randn(1, 2, 3, 64).transpose(1, 2), torch.randn(1, 3, 2, 64)
+    pair, alone = ([torch.full((1, 2, 3, layout.words), 77, dtype=torch.int32) for _ in states] for _ in range(2))
+    position = torch.tensor([2, 0])
+    store(pair[0], states[0], position, layout, 0, other=(pair[1], states[1]))
+    for words, x, found in zip(alone, states, pair, strict=True):
+        store(words, x, position, layout, 0)
+        assert torch.equal(words, found)
+    assert not torch.equal(*pair)
+
+
 def check_paged_store(page_size):
     """In pages the slots of a contiguous cache, row by row; nothing anywhere else, and nothing without a page."""
     layout = TileLayout("e8", 128, 24, 12)
@@ -148,6 +161,8 @@ def main() -> None:
     for case in STORE:
         check_store(*case)
         print("ok", *case[:4], flush=True)
+    check_store_pair()
+    print("ok pair", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,24 +10,30 @@ triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
 from hq_inductor.format.rates import weight_layout  # noqa: E402
+from hq_inductor.ops.fused import stages_tiles  # noqa: E402
 from hq_inductor.ops.kernels.activations import fp8_scale_kernel, rotate_kernel, rotate_quantize_kernel, row_statistics_kernel  # noqa: E402
 from hq_inductor.ops.kernels.decode import decode_kernel  # noqa: E402
 from hq_inductor.ops.kernels.linear import linear_kernel  # noqa: E402
+from hq_inductor.ops.kernels.linear_ring import ring_linear_kernel  # noqa: E402
 from hq_inductor.ops.kernels.matmul import int8_matmul_kernel  # noqa: E402
 from hq_inductor.ops.kernels.shared import row_bytes  # noqa: E402
-from hq_inductor.ops.launch import REGISTERS, TIGHT_REGISTERS, matmul_launch  # noqa: E402
-from hq_inductor.ops.prologue import NORMS, PROLOGUES  # noqa: E402
+from hq_inductor.ops.kernels.warpgroup import ring_shape  # noqa: E402
+from hq_inductor.ops.launch import REGISTERS, TIGHT_REGISTERS, linear_launch, matmul_launch, ring_warps  # noqa: E402
+from hq_inductor.ops.prologue import LAYER_NORMS, NORMS, PROLOGUES  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
-def compile_ahead(kernel, signature: dict, constants: dict, capability: int, num_warps: int, tmp_path, **options) -> tuple[str, int, int]:
+def compile_ahead(
+    kernel, signature: dict, constants: dict, capability: int, num_warps: int, tmp_path, source_of=ASTSource, **options
+) -> tuple[str, int, int]:
     """(SASS, registers, static shared memory in bytes)."""
     signature = {**signature, **dict.fromkeys(constants, "constexpr")}
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    source = source_of(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(
         source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps, "num_stages": 1, **options}
     )
@@ -70,6 +76,24 @@ def layout_constants(lattice: str, bps: float, plain: bool = False) -> tuple[dic
     return constants, 8 if constants["ROW_BYTES"] == 64 else 4
 
 
+LINEAR = {
+    "words_ptr": "*i32",
+    "table_ptr": "*i32",
+    "x_ptr": "*i8",
+    "act_scale_ptr": "*fp32",
+    "bias_ptr": "*bf16",
+    "out_ptr": "*bf16",
+    "partial_ptr": "*fp32",
+    "counter_ptr": "*i32",
+    **dict.fromkeys(("M", "M_PAD", "N", "tiles"), "i32"),
+    "residual_ptr": "*bf16",
+    "stride_residual": "i32",
+    **dict.fromkeys(("words1_ptr", "words2_ptr", "words3_ptr"), "*i32"),
+    **dict.fromkeys(("bias1_ptr", "bias2_ptr", "bias3_ptr"), "*bf16"),
+    **dict.fromkeys(("N1", "N2", "N3"), "i32"),
+}
+
+
 @pytest.mark.parametrize(
     ("capability", "lattice", "bps", "columns", "registers", "siblings"),
     [
@@ -86,33 +110,34 @@ def layout_constants(lattice: str, bps: float, plain: bool = False) -> tuple[dic
 def test_linear(capability, lattice, bps, columns, registers, siblings, tmp_path):
     constants, num_warps = layout_constants(lattice, bps)
     constants |= {"COLUMNS": columns, "SPLIT": True, "HAS_BIAS": True, "NUM_WARPS": num_warps, "PDL": capability >= 90}
-    constants |= {"HAS_RESIDUAL": True, "SIBLINGS": siblings}
-    pointers = {
-        "words_ptr": "*i32",
-        "table_ptr": "*i32",
-        "x_ptr": "*i8",
-        "act_scale_ptr": "*fp32",
-        "bias_ptr": "*bf16",
-        "out_ptr": "*bf16",
-        "partial_ptr": "*fp32",
-        "counter_ptr": "*i32",
-    }
-    scalars = dict.fromkeys(("M", "M_PAD", "N", "tiles"), "i32")
-    residual = {"residual_ptr": "*bf16", "stride_residual": "i32"}
-    others = dict.fromkeys(("words1_ptr", "words2_ptr", "words3_ptr"), "*i32") | dict.fromkeys(
-        ("bias1_ptr", "bias2_ptr", "bias3_ptr"), "*bf16"
-    )
-    others |= dict.fromkeys(("N1", "N2", "N3"), "i32")
+    constants |= {"HAS_RESIDUAL": True, "SIBLINGS": siblings, "STEPS": 1, "STAGES": 0}
     options = {"maxnreg": registers} if registers else {}
-    sass, used, shared = compile_ahead(
-        linear_kernel, {**pointers, **scalars, **residual, **others}, constants, capability, num_warps, tmp_path, **options
-    )
+    sass, used, shared = compile_ahead(linear_kernel, LINEAR, constants, capability, num_warps, tmp_path, **options)
     tiles_loop = loop_of(sass, "IMMA")
     assert tiles_loop.count("IMMA") >= columns // 8 * 4
     spills = tiles_loop.count("LDL") + tiles_loop.count("STL")
     # capped to let more blocks live on a multiprocessor, newer compilers spill now and then: never more than one instruction in fifty
     assert spills <= (tiles_loop.count(";") // 50 if registers else 0), f"{spills} spilled registers where it is hot"
     assert used <= (registers or 128) and shared <= 49152 + 1024
+
+
+@pytest.mark.parametrize(("lattice", "bps", "columns"), [("e8", 4.0, 64), ("e8", 4.0, 128), ("e8", 5.0, 64), ("d4", 3.0, 96)])
+def test_linear_with_a_ring(lattice, bps, columns, tmp_path):
+    constants, _ = layout_constants(lattice, bps)
+    layout = weight_layout(4096, bps, lattice).tile
+    launch = linear_launch(columns, 4096, 8, 132, constants["ROW_BYTES"], True)
+    assert launch.ring and launch.columns == columns
+    staged, blocks = stages_tiles(layout), ring_warps(columns) // launch.num_warps
+    steps, stages, kilobytes = ring_shape(columns, launch.num_warps, blocks, layout.words, constants["ROW_BYTES"], staged)
+    constants |= {"COLUMNS": columns, "SPLIT": True, "HAS_BIAS": True, "NUM_WARPS": launch.num_warps, "PDL": True, "HAS_RESIDUAL": True}
+    constants |= {"SIBLINGS": 2, "STEPS": steps, "STAGES": stages, "STAGED": staged, "SHARED_KB": kilobytes}
+    options = {"maxnreg": launch.registers} if launch.registers else {}
+    sass, used, shared = compile_ahead(ring_linear_kernel, LINEAR, constants, 90, launch.num_warps, tmp_path, GluonASTSource, **options)
+    assert f"IGMMA.64x{columns}x32" in sass and "UBLKCP" in sass
+    spills = sass.count("LDL") + sass.count("STL")
+    assert spills <= sass.count(";") // 50, f"{spills} spilled registers"
+    # registers and shared memory of the blocks that are to live on a multiprocessor together
+    assert used * 32 * launch.num_warps * blocks <= 65536 and blocks * (kilobytes + 1) <= 228 and shared <= 1024
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
@@ -132,15 +157,19 @@ ACTIVATIONS = {"x_ptr": "*bf16", "gate_ptr": "*bf16", "norm_weight_ptr": "*bf16"
 
 
 def prologue_constants(name: str) -> dict:
-    return {"PROLOGUE": name, "HAS_WEIGHT": name in NORMS, "HAS_BIAS": name == "layer_norm"}
+    form = {"ADD_ONE": name.endswith("_1p"), "NORM_ROWS": name == "layer_norm_1p"}
+    return {"PROLOGUE": name.removesuffix("_1p"), "HAS_WEIGHT": name in NORMS, "HAS_BIAS": name in LAYER_NORMS, **form}
 
 
 @pytest.mark.parametrize(("capability", "prologue"), [(80, "none"), (80, "layer_norm"), (100, "rms_norm"), *((90, p) for p in PROLOGUES)])
 def test_rotate_quantize(capability, prologue, tmp_path):
-    constants = {"TILE": 512, "BLOCK": 512, "PARTS": 1, "SEED": 0, "HAS_SCALE": True, "LATTICE": "e8", "ALIGNED": True}
+    constants = {"TILE": 512, "BLOCK": 512, "PARTS": 1, "SEED": 0, "HAS_SCALE": True, "LATTICE": "e8", "ALIGNED": True, "RING": 0}
     pointers = {**ACTIVATIONS, "pre_scale_ptr": "*bf16", "q_ptr": "*i8", "act_scale_ptr": "*fp32", "counter_ptr": "*i32"}
-    scalars = {**dict.fromkeys(("M", "M_PAD", "in_features", "stride_xm", "stride_gm", "counters"), "i32"), "eps": "fp32"}
-    constants |= {"PDL": capability >= 90, **prologue_constants(prologue)}
+    scalars = {
+        **dict.fromkeys(("M", "M_PAD", "in_features", "stride_xm", "stride_gm", "stride_norm", "period", "counters"), "i32"),
+        "eps": "fp32",
+    }
+    constants |= {"PDL": capability >= 90, "RING": 64 if capability == 90 else 0, **prologue_constants(prologue)}
     sass, _, _ = compile_ahead(rotate_quantize_kernel, {**pointers, **scalars}, constants, capability, 1, tmp_path)
     assert "LDL" not in sass and "STL" not in sass, "spilled registers"
     assert "LDG.E.U16" not in sass and "LDG.E.128" in sass
@@ -151,7 +180,7 @@ def test_rotate_quantize(capability, prologue, tmp_path):
     [
         (80, "none", "bf16"),
         (80, "none", "i8"),
-        (90, "layer_norm", "bf16"),
+        (90, "layer_norm_1p", "bf16"),
         (90, "silu_mul", "i8"),
         (90, "rms_norm", "fp8e4nv"),
         (100, "none", "fp8e4nv"),
@@ -160,7 +189,7 @@ def test_rotate_quantize(capability, prologue, tmp_path):
 def test_rotate(capability, prologue, out, tmp_path):
     constants = {"TILE": 384, "BLOCK": 128, "PARTS": 4, "SEED": 7, "HAS_SCALE": False, "ALIGNED": True, **prologue_constants(prologue)}
     pointers = {**ACTIVATIONS, "statistics_ptr": "*fp32", "pre_scale_ptr": "*bf16", "out_ptr": f"*{out}", "scale_ptr": "*fp32"}
-    scalars = dict.fromkeys(("in_features", "stride_xm", "stride_gm", "tiles"), "i32")
+    scalars = dict.fromkeys(("in_features", "stride_xm", "stride_gm", "stride_norm", "period", "tiles"), "i32")
     sass, _, _ = compile_ahead(rotate_kernel, {**pointers, **scalars}, {**constants, "LATTICE": "e8"}, capability, 1, tmp_path)
     assert "LDL" not in sass and "STL" not in sass, "spilled registers"
 
@@ -169,7 +198,7 @@ def test_rotate(capability, prologue, out, tmp_path):
 def test_fp8_scale(prologue, tmp_path):
     constants = {"TILE": 384, "PADDED": 512, "HAS_SCALE": True, "ALIGNED": True, **prologue_constants(prologue)}
     pointers = {**ACTIVATIONS, "statistics_ptr": "*fp32", "pre_scale_ptr": "*bf16", "scale_ptr": "*fp32"}
-    scalars = dict.fromkeys(("in_features", "stride_xm", "stride_gm", "tiles"), "i32")
+    scalars = dict.fromkeys(("in_features", "stride_xm", "stride_gm", "stride_norm", "period", "tiles"), "i32")
     sass, _, _ = compile_ahead(fp8_scale_kernel, {**pointers, **scalars}, constants, 90, 4, tmp_path)
     assert "LDL" not in sass and "STL" not in sass, "spilled registers"
 

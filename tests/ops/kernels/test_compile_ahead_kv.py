@@ -95,10 +95,16 @@ def test_combine(capability, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("capability", "bps", "effort", "candidates", "paged"),
-    [(80, 4.0, 1, 32, True), (90, 4.0, 1, 32, False), (90, 4.0, 1, 16, True), (90, 2.0, 0, 32, False), (100, 3.0, 1, 16, True)],
+    ("capability", "bps", "effort", "candidates", "pair", "paged"),
+    [
+        (80, 4.0, 1, 32, True, True),
+        (90, 4.0, 1, 32, True, False),
+        (90, 4.0, 1, 16, False, True),
+        (90, 2.0, 0, 32, False, False),
+        (100, 3.0, 1, 16, True, True),
+    ],
 )
-def test_encode(capability, bps, effort, candidates, paged, tmp_path):
+def test_encode(capability, bps, effort, candidates, pair, paged, tmp_path):
     layout = kv_layout(128, bps).tile
     constants = {
         "K": layout.rice_parameter,
@@ -114,6 +120,7 @@ def test_encode(capability, bps, effort, candidates, paged, tmp_path):
         "EFFORT": effort,
         "CANDIDATES": candidates,
         "FINER": 8,
+        "PAIR": pair,
         "PAGED": paged,
         "PDL": capability >= 90,
     }
@@ -121,12 +128,14 @@ def test_encode(capability, bps, effort, candidates, paged, tmp_path):
         "x_ptr": "*bf16",
         "position_ptr": "*i64",
         "words_ptr": "*i32",
+        "x2_ptr": "*bf16",
+        "words2_ptr": "*i32",
         "lengths_ptr": "*i32",
         "codewords_ptr": "*i32",
         "bits_ptr": "*fp32",
         "page_ptr": "*i32",
     }
-    strides = ("stride_xb", "stride_xh", "stride_xs", "stride_pb")
+    strides = ("stride_xb", "stride_xh", "stride_xs", "stride_x2b", "stride_x2h", "stride_x2s", "stride_pb")
     sizes = ("heads", "all_heads", "max_tokens", *strides, "num_pages", "max_pages", "page_size")
     signature = {**pointers, **dict.fromkeys(sizes, "i32"), **dict.fromkeys(("price", "start_rms", "overload"), "fp32")}
     sass, _, _ = compile_ahead(encode_kernel, signature, constants, capability, candidates // 4, tmp_path)

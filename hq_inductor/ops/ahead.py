@@ -1,0 +1,191 @@
+"""Kernels compiled before their first launch, in Inductor's worker processes, while Inductor is at work on the rest of a graph.
+
+Why.         Triton compiles a kernel where it is launched first: at the first call of a compiled model, one after the other, after
+             Inductor has finished. Those of a linear layer take a few seconds.
+How.         `launch` with fake tensors notes what is to be compiled, and launches nothing. An op's CUDA function, run on fake tensors of a
+             graph's shapes, thus notes what the graph is going to launch, by the code that launches it. Workers compile it into Triton's
+             cache on disk, and the first launch reads it from there. Not in threads: Triton's compiler is not made for several.
+Invariants.  Nothing is launched, and workers do not touch the device. What fails here is logged, and left to the launch, which compiles
+             as ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_map
+
+log = logging.getLogger("hq_inductor.passes")
+
+# kernels that are worth a process of their own at a time
+WORKERS = 4
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kernel to compile: where it is, its arguments, dtypes in place of pointers, its grid and its options."""
+
+    module: str
+    name: str
+    arguments: tuple
+    grid: tuple[int, ...]
+    options: tuple[tuple[str, object], ...]
+
+    @property
+    def key(self) -> tuple:
+        """The same for jobs that compile to the same binary: Triton looks at sizes only so far."""
+        kinds = tuple((value == 1, value % 16 == 0, value >= 2**31) if type(value) is int else value for value in self.arguments)
+        return (self.module, self.name, repr(kinds), repr(self.options))
+
+    def warm_up(self) -> None:
+        """Compile for the active driver's target, or read from the cache on disk."""
+        kernel = getattr(importlib.import_module(self.module), self.name)
+        kernel.warmup(*self.arguments, grid=self.grid, **dict(self.options))
+
+
+_noted = threading.local()
+_seen: set[tuple] = set()
+# jobs at work, and the cache they write to
+_under_way: list[tuple[Job, str, Future]] = []
+
+
+def launch(kernel, grid: tuple[int, ...], first: torch.Tensor, *args, **options) -> None:
+    """`kernel[grid](first, *args, **options)`; if `first` is a fake tensor, the kernel is only noted for compilation."""
+    if not isinstance(first, FakeTensor):
+        if _under_way:
+            wait_for_kernels()
+        kernel[grid](first, *args, **options)
+        return
+    # a dtype stands for a pointer to aligned memory
+    arguments = tuple(arg.dtype if isinstance(arg, torch.Tensor) else arg for arg in (first, *args))
+    _noted.jobs.append(Job(kernel.fn.__module__, kernel.fn.__name__, arguments, grid, tuple(options.items())))
+
+
+def jobs_of(function: Callable, args: tuple, kwargs: Mapping) -> list[Job]:
+    """What a call of an op on CUDA launches, as far as fake tensors lead.
+
+    Args:
+        function: the op's CUDA function; its launches are `launch`.
+        args, kwargs: what it is going to be called with: tensors of any kind, of which only shape, strides, dtype and device matter.
+    """
+    _noted.jobs = []
+    with _left_to_the_launch(function.__name__), FakeTensorMode(), torch.no_grad():
+        args, kwargs = tree_map(lambda arg: _fake(arg) if isinstance(arg, torch.Tensor) else arg, (args, dict(kwargs)))
+        function(*args, **kwargs)
+    return _noted.jobs
+
+
+def _fake(tensor: torch.Tensor) -> torch.Tensor:
+    shape, strides = map(_number, tensor.shape), map(_number, tensor.stride())
+    return torch.empty_strided(tuple(shape), tuple(strides), dtype=tensor.dtype, device=tensor.device)
+
+
+def _described(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)} {tensor.stride()} {tensor.device}"
+
+
+def _number(size: int | torch.SymInt) -> int:
+    """A size; of one that varies, what it was when the graph was traced. Adds no guard."""
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def compile_kernels_of(function: Callable, args: tuple, kwargs: Mapping) -> None:
+    """Have the kernels of a call compiled, arguments as of `jobs_of`; each kernel once."""
+    with _left_to_the_launch(function.__name__):
+        # a model's layers are alike
+        call = (function, repr(tree_map(lambda arg: _described(arg) if isinstance(arg, torch.Tensor) else arg, (args, dict(kwargs)))))
+        if call in _seen:
+            return
+        _seen.add(call)
+        for job in jobs_of(function, args, kwargs):
+            if job.key not in _seen:
+                _seen.add(job.key)
+                cache = _cache_dir()
+                _under_way.append((job, cache, _pool().submit(compile_job, job, _target(), cache)))
+
+
+def wait_for_kernels() -> None:
+    """Wait until nothing is under way, and read what was compiled."""
+    jobs = _under_way.copy()
+    _under_way.clear()
+    for job, cache, future in jobs:
+        with _left_to_the_launch(job.name):
+            future.result()
+            with _cache(cache):
+                job.warm_up()
+
+
+def prepare_workers() -> None:
+    """Have workers import what they need, so that they have when the first kernel comes."""
+    with _left_to_the_launch("all layers"):
+        for _ in range(WORKERS):
+            _pool().submit(importlib.import_module, "hq_inductor.ops.fused")
+
+
+@contextlib.contextmanager
+def _left_to_the_launch(name: str) -> Iterator[None]:
+    try:
+        yield
+    # whatever it is, it comes again at the launch, where it can be reported
+    except Exception as error:
+        log.info("kernels of %s not compiled ahead: %s: %s", name, type(error).__name__, error)
+
+
+def _pool():
+    """Inductor's worker processes, which are there before CUDA is."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    return AsyncCompile.process_pool()
+
+
+def _target():
+    from triton.runtime import driver
+
+    return driver.active.get_current_target()
+
+
+def _cache_dir() -> str:
+    """Where Triton looks once a graph of Inductor's runs."""
+    from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
+
+    return triton_cache_dir(torch.cuda.current_device())
+
+
+@contextlib.contextmanager
+def _cache(directory: str) -> Iterator[None]:
+    from triton import knobs
+
+    with knobs.cache.scope():
+        knobs.cache.dir = directory
+        yield
+
+
+class _Target:
+    """The part of a Triton driver that compilation needs, without a device."""
+
+    def __init__(self, target):
+        self.get_current_target = lambda: target
+        self.get_current_device = lambda: 0
+        self.get_current_stream = lambda device: 0
+
+
+def compile_job(job: Job, target, cache: str) -> None:
+    """What a worker does: compile for a target (Triton's `GPUTarget`) into the cache in a directory."""
+    from triton.runtime import driver
+
+    # as it was: the worker compiles Inductor's kernels too. `active` would look for a device
+    before = driver._active
+    driver.set_active(_Target(target))
+    try:
+        with _cache(cache):
+            job.warm_up()
+    finally:
+        driver._active = before
