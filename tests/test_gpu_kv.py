@@ -186,6 +186,8 @@ def test_paged_attention(bps, head_dim, page_size, masked):
     for group, queries in ((4, 1), (2, 3)):
         query = torch.randn(4, cache[2].shape[1] * group, queries, head_dim, device="cuda", dtype=torch.bfloat16)
         mask = torch.rand(4, 1, queries, max_tokens, device="cuda") < 0.9 if masked else None
+        if masked:
+            mask[..., 0] = True  # the only token of a row
         length, tail = torch.tensor(lengths, device="cuda"), (head_dim**-0.5, sinks, window, 0, *layouts)
         found = attend(query, *pools, *cache[2:], length, None, mask, *tail, page_table=table)
         assert torch.equal(found, attend(query, *cache, length, None, mask, *tail))

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
 log = logging.getLogger("hq_inductor.passes")
@@ -141,7 +142,9 @@ def _left_to_the_launch(name: str) -> Iterator[None]:
 
 def _pool():
     """Inductor's worker processes, which are there before CUDA is."""
-    from torch._inductor.async_compile import AsyncCompile
+    # may be imported while fake tensors are being made; no constant of Inductor's should become one
+    with _disable_current_modes():
+        from torch._inductor.async_compile import AsyncCompile
 
     return AsyncCompile.process_pool()
 
