@@ -134,8 +134,8 @@ def test_generate_in_cuda_graphs_is_eager_generate(batch, padded, dtype):
     )
     if dtype == torch.float32:
         assert torch.equal(eager.sequences, compiled.sequences)
-    # half precision rounds elsewhere in a compiled graph, so that some codes are others: up to the first token that differs, logits agree but
-    # for what coding costs them
+    # half precision rounds elsewhere in a compiled graph, so that some codes are others: up to the first token that differs, logits agree
+    # but for what coding costs them
     a, b = (torch.stack(out.logits, 1).float() for out in (eager, compiled))
     for row in range(batch):
         different = (eager.sequences[row, 12:] != compiled.sequences[row, 12:]).nonzero()
