@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from .ops.linear import call_linear
 from .tensor import HyperQuantTensor, check_layout
 
-_PARTS = ("qdata", "act_pre_scale", "scale")
+_PARTS = ("qdata", "act_pre_scale", "codes_scale")
 
 
 class HyperQuantLinear(nn.Linear):
@@ -22,14 +22,14 @@ class HyperQuantLinear(nn.Linear):
     Attributes:
         qdata: `[out_features, tiles, words]` int32 parameter without gradient.
         act_pre_scale: `[in_features]` parameter without gradient, or None.
-        scale: int32 parameter without gradient of `packing="codes"` (then `qdata` is `[out_features, tiles, tile]`), or None.
+        codes_scale: int32 parameter without gradient of `packing="codes"` (then `qdata` is `[out_features, tiles, tile]`), or None.
         bias: as in `nn.Linear`.
         weight: the same data as a `HyperQuantTensor`; assigning one replaces the data.
     """
 
     qdata: nn.Parameter
     act_pre_scale: nn.Parameter | None
-    scale: nn.Parameter | None
+    codes_scale: nn.Parameter | None
 
     def __init__(self, *args, **kwargs):
         raise TypeError("make a HyperQuantLinear with HyperQuantLinear.from_linear(linear, weight)")
@@ -63,7 +63,7 @@ class HyperQuantLinear(nn.Linear):
 
     @property
     def weight(self) -> HyperQuantTensor:
-        face = self._face(self.qdata, self.act_pre_scale, self.scale)
+        face = self._face(self.qdata, self.act_pre_scale, self.codes_scale)
         # a parameter, as of any linear layer: vLLM and peft register it elsewhere; shares the memory of `qdata`
         return face if torch.compiler.is_compiling() else nn.Parameter(face, requires_grad=False)
 
@@ -80,7 +80,7 @@ class HyperQuantLinear(nn.Linear):
             format_version=self.format_version,
             mma=self.mma,
             act_pre_scale=act_pre_scale,
-            scale=scale,
+            codes_scale=scale,
         )
 
     def __setattr__(self, name: str, value) -> None:
@@ -105,9 +105,9 @@ class HyperQuantLinear(nn.Linear):
         self.__class__ = nn.Linear
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if self.scale is not None:
+        if self.codes_scale is not None:
             return torch.ops.hyperquant.codes_linear(
-                input, self.qdata, self.scale, self.act_pre_scale, self.bias, self.lattice, self.seed, self.mma
+                input, self.qdata, self.codes_scale, self.act_pre_scale, self.bias, self.lattice, self.seed, self.mma
             )
         return call_linear(input, self.qdata, self.act_pre_scale, self.bias, self.lattice, self.tile, self.code, self.seed, self.mma)
 
@@ -157,5 +157,5 @@ class HyperQuantLinear(nn.Linear):
         return None
 
     def extra_repr(self) -> str:
-        packing = "" if self.scale is None else ", packing='codes'"
+        packing = "" if self.codes_scale is None else ", packing='codes'"
         return f"{super().extra_repr()}, bps={self.bps:g}, lattice={self.lattice!r}, tile={self.tile}{packing}"

@@ -27,7 +27,7 @@ class HyperQuantTensor(TorchAOBaseTensor):
     Tensor attributes:
         qdata: `[N, tiles, words]` (stack: `[E, N, tiles, words]`) int32, see `hq_inductor.format.layout`. Its bits are all
             that is stored at `bps`. Of `packing="codes"`: `[N, tiles, tile]`, int8 or uint8, see `hq_inductor.format.codes`.
-        scale: None; of `packing="codes"`, `[N, tiles]` or `[N, 1]` int32.
+        codes_scale: None; of `packing="codes"`, `[N, tiles]` or `[N, 1]` int32.
         act_pre_scale: optional `[K]` bf16, multiplies activations; column i of the coded weight was divided by it.
 
     Non-tensor attributes:
@@ -54,7 +54,7 @@ class HyperQuantTensor(TorchAOBaseTensor):
         "format_version",
         "mma",
     ]
-    optional_tensor_data_names = ["act_pre_scale", "scale"]
+    optional_tensor_data_names = ["act_pre_scale", "codes_scale"]
 
     def __new__(
         cls,
@@ -70,7 +70,7 @@ class HyperQuantTensor(TorchAOBaseTensor):
         format_version: int = FORMAT_VERSION,
         mma: str = "auto",
         act_pre_scale: torch.Tensor | None = None,
-        scale: torch.Tensor | None = None,
+        codes_scale: torch.Tensor | None = None,
     ):
         if format_version != FORMAT_VERSION:
             raise ValueError(f"format_version must be {FORMAT_VERSION}, got {format_version}: written by another version of hq_inductor")
@@ -90,7 +90,7 @@ class HyperQuantTensor(TorchAOBaseTensor):
         format_version: int = FORMAT_VERSION,
         mma: str = "auto",
         act_pre_scale: torch.Tensor | None = None,
-        scale: torch.Tensor | None = None,
+        codes_scale: torch.Tensor | None = None,
     ):
         super().__init__()
         self.qdata = qdata
@@ -103,7 +103,7 @@ class HyperQuantTensor(TorchAOBaseTensor):
         self.format_version = format_version
         self.mma = mma
         self.act_pre_scale = act_pre_scale
-        self.scale = scale
+        self.codes_scale = codes_scale
 
     @classmethod
     def from_hp(
@@ -178,14 +178,14 @@ class HyperQuantTensor(TorchAOBaseTensor):
         if packing == "rice":
             parts = {"qdata": torch.ops.hyperquant.rice_encode(codes, scale, t.lattice, t.tile, t.code, t.words)}
         else:
-            parts = dict(zip(("qdata", "scale"), pack_codes(codes, scale, t, mma == "fp8"), strict=True))
+            parts = dict(zip(("qdata", "codes_scale"), pack_codes(codes, scale, t, mma == "fp8"), strict=True))
         attributes = {"bps": float(bps), "lattice": lattice, "tile": t.tile, "code": t.code, "seed": seed, "mma": mma}
         return cls(**parts, shape=(rows, columns), dtype=hp_tensor.dtype, act_pre_scale=act_pre_scale, **attributes)
 
     @property
     def packing(self) -> str:
         """`"rice"` or `"codes"`."""
-        return "rice" if self.scale is None else "codes"
+        return "rice" if self.codes_scale is None else "codes"
 
     def repack(self, packing: str, mma: str | None = None) -> HyperQuantTensor:
         """The same weight in the other packing; between words and int8 codes nothing is lost, either way.
@@ -209,21 +209,21 @@ class HyperQuantTensor(TorchAOBaseTensor):
         if self.packing == "rice":
             codes, scale = torch.ops.hyperquant.rice_decode(self.qdata.flatten(0, -3), self.lattice, self.tile, self.code)
         else:
-            codes, scale = self.qdata.flatten(0, -3).flatten(1), self.scale.flatten(0, -2).view(torch.float32)
+            codes, scale = self.qdata.flatten(0, -3).flatten(1), self.codes_scale.flatten(0, -2).view(torch.float32)
         if packing == "rice":
             qdata, scale = torch.ops.hyperquant.rice_encode(codes, scale, t.lattice, t.tile, t.code, t.words), None
         else:
             qdata, scale = pack_codes(codes, scale, t, mma == "fp8")
             scale = scale.unflatten(0, stack)
-        return self._replace(qdata=qdata.unflatten(0, stack), scale=scale, mma=mma)
+        return self._replace(qdata=qdata.unflatten(0, stack), codes_scale=scale, mma=mma)
 
     def __tensor_flatten__(self):
         # written out because torch 2.11 calls it for every parameter and step, and the generic one looks every list up again
         names = ["qdata"]
         if self.act_pre_scale is not None:
             names.append("act_pre_scale")
-        if self.scale is not None:
-            names.append("scale")
+        if self.codes_scale is not None:
+            names.append("codes_scale")
         return names, {
             "shape": self.shape,
             "bps": self.bps,
@@ -239,7 +239,7 @@ class HyperQuantTensor(TorchAOBaseTensor):
 
     @classmethod
     def __tensor_unflatten__(cls, tensors, attributes, outer_size, outer_stride):
-        return cls(tensors["qdata"], act_pre_scale=tensors.get("act_pre_scale"), scale=tensors.get("scale"), **attributes)
+        return cls(tensors["qdata"], act_pre_scale=tensors.get("act_pre_scale"), codes_scale=tensors.get("codes_scale"), **attributes)
 
     def _stable_hash_for_caching(self) -> str:
         return repr((self.__tensor_flatten__(), tuple(self.qdata.shape), self.qdata.dtype))
@@ -262,7 +262,9 @@ class HyperQuantTensor(TorchAOBaseTensor):
     def _replace(self, **changes) -> HyperQuantTensor:
         """A copy of the face with other tensors or attributes."""
         _, attributes = self.__tensor_flatten__()
-        return type(self)(**{"qdata": self.qdata, "act_pre_scale": self.act_pre_scale, "scale": self.scale, **attributes, **changes})
+        return type(self)(
+            **{"qdata": self.qdata, "act_pre_scale": self.act_pre_scale, "codes_scale": self.codes_scale, **attributes, **changes}
+        )
 
     @property
     def in_features(self) -> int:
@@ -290,7 +292,7 @@ class HyperQuantTensor(TorchAOBaseTensor):
             codes, scale = ops.rice_decode(self.qdata.flatten(0, -3), self.lattice, self.tile, self.code)
             rotated = ops.lattice_dequant(codes, scale, self.lattice, torch.float32)
         else:
-            rotated = coefficients(self.qdata.flatten(0, -3), self.scale.flatten(0, -2), self.lattice, torch.float32)
+            rotated = coefficients(self.qdata.flatten(0, -3), self.codes_scale.flatten(0, -2), self.lattice, torch.float32)
         weight = ops.hadamard(rotated, hadamard_block(self.tile), self.seed, True)[:, : self.in_features]
         if self.act_pre_scale is not None:
             weight = weight * self.act_pre_scale.to(torch.float32)
@@ -341,16 +343,16 @@ def linear(x: torch.Tensor, weight: HyperQuantTensor, bias: torch.Tensor | None 
         raise ValueError(f"weight of linear must be a matrix, got shape {tuple(weight.shape)}; select one of the stack")
     if x.shape[-1] != weight.in_features:
         raise ValueError(f"x must have {weight.in_features} features in its last dimension, got shape {tuple(x.shape)}")
-    if weight.scale is not None:
+    if weight.codes_scale is not None:
         return torch.ops.hyperquant.codes_linear(
-            x, weight.qdata, weight.scale, weight.act_pre_scale, bias, weight.lattice, weight.seed, weight.mma
+            x, weight.qdata, weight.codes_scale, weight.act_pre_scale, bias, weight.lattice, weight.seed, weight.mma
         )
     return call_linear(x, weight.qdata, weight.act_pre_scale, bias, weight.lattice, weight.tile, weight.code, weight.seed, weight.mma)
 
 
 def _per_row(weight: HyperQuantTensor, function, *args) -> dict[str, torch.Tensor]:
     """What `function(tensor, *args)` makes of the tensors that have the weight's rows."""
-    parts = {"qdata": weight.qdata} if weight.scale is None else {"qdata": weight.qdata, "scale": weight.scale}
+    parts = {"qdata": weight.qdata} if weight.codes_scale is None else {"qdata": weight.qdata, "codes_scale": weight.codes_scale}
     return {name: function(part, *args) for name, part in parts.items()}
 
 
@@ -463,11 +465,11 @@ def _(func, types, args, kwargs):
     if start % weight.tile or (end % weight.tile and end != size):
         raise ValueError(f"columns of a HyperQuantTensor slice at multiples of tile={weight.tile}, got {start}:{end}")
     tiles = (start // weight.tile, -(-end // weight.tile))
-    column_scale, scale = weight.act_pre_scale, weight.scale
+    column_scale, scale = weight.act_pre_scale, weight.codes_scale
     return weight._replace(
         qdata=aten.slice.Tensor(weight.qdata, stored, *tiles),
         act_pre_scale=None if column_scale is None else aten.slice.Tensor(column_scale, 0, start, end),
-        scale=aten.slice.Tensor(scale, stored, *tiles) if weight.qdata.dtype == torch.int8 else scale,
+        codes_scale=aten.slice.Tensor(scale, stored, *tiles) if weight.qdata.dtype == torch.int8 else scale,
         shape=shape,
     )
 
@@ -488,7 +490,7 @@ def check_layout(weight: HyperQuantTensor) -> None:
 
 
 def _check_codes(weight: HyperQuantTensor) -> None:
-    layout = check_stored(weight.qdata.flatten(0, -3), weight.scale.flatten(0, -2), weight.lattice)
+    layout = check_stored(weight.qdata.flatten(0, -3), weight.codes_scale.flatten(0, -2), weight.lattice)
     check_packing("codes", weight.mma)
     expected = (*weight.shape[:-2], weight.out_features, -(-weight.in_features // layout.tile), weight.tile)
     if tuple(weight.qdata.shape) != expected:
@@ -545,15 +547,15 @@ def _(func, types, args, kwargs):
     if len(scales) not in (0, len(weights)) or (stored != columns and not all(torch.equal(scale, scales[0]) for scale in scales)):
         raise ValueError("act_pre_scale must be the same in all HyperQuantTensors that are concatenated")
     column_scale = None if not scales else torch.cat(scales) if stored == columns else scales[0]
-    scale = first.scale
+    scale = first.codes_scale
     if stored != columns or first.qdata.dtype == torch.int8:
-        scale = None if scale is None else torch.cat([weight.scale for weight in weights], stored)
-    elif scale is not None and not all(torch.equal(weight.scale, scale) for weight in weights):
+        scale = None if scale is None else torch.cat([weight.codes_scale for weight in weights], stored)
+    elif scale is not None and not all(torch.equal(weight.codes_scale, scale) for weight in weights):
         raise ValueError("columns of HyperQuantTensors in e4m3 join only where the scales of their rows agree")
     shape = list(first.shape)
     shape[dim] = sum(weight.shape[dim] for weight in weights)
     qdata = torch.cat([weight.qdata for weight in weights], stored)
-    return first._replace(qdata=qdata, scale=scale, act_pre_scale=column_scale, shape=shape)
+    return first._replace(qdata=qdata, codes_scale=scale, act_pre_scale=column_scale, shape=shape)
 
 
 @implements(aten.new_zeros.default)
@@ -585,7 +587,7 @@ def _post_all_gather(self, all_gather_outputs, metadata, param_dtype, *, out=Non
     """FSDP2: the whole weight from gathered words. `out` already shares their memory."""
     if out is not None:
         return None
-    parts = dict(zip(("qdata", "scale"), all_gather_outputs, strict=False))
+    parts = dict(zip(("qdata", "codes_scale"), all_gather_outputs, strict=False))
     return self._replace(**parts, shape=(parts["qdata"].shape[0], *self.shape[1:]), dtype=param_dtype), all_gather_outputs
 
 

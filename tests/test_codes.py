@@ -37,8 +37,8 @@ def test_the_same_weights(lattice, bps):
     assert (words.packing, codes.packing) == ("rice", "codes")
     assert codes.qdata.dtype == torch.int8 and torch.equal(codes.dequantize(), words.dequantize())
     there, back = words.repack("codes"), codes.repack("rice")
-    assert torch.equal(there.qdata, codes.qdata) and torch.equal(there.scale, codes.scale)
-    assert torch.equal(back.qdata, words.qdata) and back.scale is None
+    assert torch.equal(there.qdata, codes.qdata) and torch.equal(there.codes_scale, codes.codes_scale)
+    assert torch.equal(back.qdata, words.qdata) and back.codes_scale is None
     assert torch.equal(there.repack("rice").qdata, words.qdata)
 
 
@@ -55,11 +55,11 @@ def test_the_same_products(lattice, mma, dtype):
 @pytest.mark.parametrize("lattice", LATTICES)
 def test_e4m3(lattice):
     words, codes = pair((24, 1024), lattice, "fp8", tile=512)
-    assert codes.qdata.dtype == torch.uint8 and codes.scale.shape == (24, 1)
+    assert codes.qdata.dtype == torch.uint8 and codes.codes_scale.shape == (24, 1)
     # nearest of 3 bits of mantissa, and of the steps below the least exponent
     exact = hadamard_ref(words.dequantize(torch.float64), hadamard_block(512), 0)
-    found = coefficients(codes.qdata, codes.scale, lattice, torch.float64)
-    row_scale = codes.scale.view(torch.float32).double()
+    found = coefficients(codes.qdata, codes.codes_scale, lattice, torch.float64)
+    row_scale = codes.codes_scale.view(torch.float32).double()
     assert ((found - exact).abs() <= exact.abs() / 16 + row_scale * 2**-10 + 1e-6).all()
     assert (found / row_scale).abs().amax() <= 448 and (found / row_scale).abs().amax() > 64
     x = torch.randn(50, 1024)
@@ -95,8 +95,8 @@ def test_slices_stacks_and_joins(mma):
     other = codes.clone()
     other.narrow(0, 4, 8).copy_(codes.narrow(0, 8, 8))
     assert torch.equal(other.dequantize()[4:12], dense[8:16])
-    assert torch.equal(codes.to(torch.bfloat16).qdata, codes.qdata) and codes.to("meta").scale.is_meta
-    assert codes.new_zeros((4, 1024)).scale.shape == codes[:4].scale.shape
+    assert torch.equal(codes.to(torch.bfloat16).qdata, codes.qdata) and codes.to("meta").codes_scale.is_meta
+    assert codes.new_zeros((4, 1024)).codes_scale.shape == codes[:4].codes_scale.shape
     with pytest.raises(ValueError, match="agree in everything"):
         torch.cat([codes, pair((20, 1024), tile=256)[0]])
     if mma == "fp8":
@@ -138,9 +138,9 @@ def test_models(mma, tmp_path):
     for layer in (words[0], words[2]):
         layer.weight = layer.weight.repack("codes")
     assert torch.equal(words(x), expected)
-    before = model[0].qdata.clone(), model[0].scale.clone()
+    before = model[0].qdata.clone(), model[0].codes_scale.clone()
     half = model.half()[0]
-    assert half.weight.dtype == torch.float16 and torch.equal(half.qdata, before[0]) and torch.equal(half.scale, before[1])
+    assert half.weight.dtype == torch.float16 and torch.equal(half.qdata, before[0]) and torch.equal(half.codes_scale, before[1])
 
 
 def test_kernels_are_compiled_ahead_though_nothing_is_rewritten(monkeypatch):
@@ -194,7 +194,7 @@ def test_export():
 def test_opcheck(mma, dtype):
     _, codes = pair((6, 512), mma=mma, tile=256, act_pre_scale=torch.rand(512) + 0.5)
     x, bias = torch.randn(3, 5, 512, dtype=dtype, requires_grad=True), torch.randn(6, dtype=dtype, requires_grad=True)
-    stored = (codes.qdata, codes.scale, codes.act_pre_scale)
+    stored = (codes.qdata, codes.codes_scale, codes.act_pre_scale)
     opcheck(ops.codes_linear.default, (x, *stored, bias, "e8", 3, mma))
     opcheck(ops.codes_linear.default, (x.detach().transpose(0, 1).requires_grad_(), *stored, None, "e8", 3, mma))
     opcheck(ops.codes_linear_backward.default, (torch.randn(3, 5, 6, dtype=dtype), *stored, "e8", 3, 512))

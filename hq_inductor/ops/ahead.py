@@ -18,7 +18,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -49,25 +48,28 @@ class Job:
 
     def warm_up(self) -> None:
         """Compile for the active driver's target, or read from the cache on disk."""
-        module = importlib.import_module(self.module)
-        _settle_keys(module, set())
-        kernel = getattr(module, self.name)
+        _settle_keys(self.module)
+        kernel = getattr(importlib.import_module(self.module), self.name)
         kernel.warmup(*self.arguments, grid=self.grid, **dict(self.options))
 
 
-def _settle_keys(module: ModuleType, done: set[str]) -> None:
+_settled: set[str] = set()
+
+
+def _settle_keys(module: str) -> None:
     """Have Triton compute the cache keys of a module's functions, those of what they call first.
 
     A key depends on the globals that a function's callees use, if their keys are there already: in another order, another key, and workers
     would compile for nothing.
     """
-    done.add(module.__name__)
-    functions = [value for value in vars(module).values() if hasattr(value, "cache_key")]
-    for name in dict.fromkeys(function.__module__ for function in functions):
-        if name not in done:
-            _settle_keys(importlib.import_module(name), done)
+    if module in _settled:
+        return
+    _settled.add(module)
+    functions = [value for value in vars(importlib.import_module(module)).values() if hasattr(value, "cache_key")]
     for function in functions:
-        if function.__module__ == module.__name__:
+        _settle_keys(function.__module__)
+    for function in functions:
+        if function.__module__ == module:
             function.cache_key  # noqa: B018
 
 
@@ -80,6 +82,7 @@ _under_way: list[tuple[Job, str, Future]] = []
 def launch(kernel, grid: tuple[int, ...], first: torch.Tensor, *args, **options) -> None:
     """`kernel[grid](first, *args, **options)`; if `first` is a fake tensor, the kernel is only noted for compilation."""
     if not isinstance(first, FakeTensor):
+        _settle_keys(kernel.fn.__module__)
         if _under_way:
             wait_for_kernels()
         kernel[grid](first, *args, **options)

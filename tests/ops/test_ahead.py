@@ -1,6 +1,8 @@
 """Kernels compiled ahead: what is compiled, how often, and that nothing goes wrong where it fails."""
 
 import re
+import subprocess
+import sys
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -161,6 +163,8 @@ def test_a_launch_waits_and_runs(compiled):
     launched = []
 
     class Kernel:
+        fn = fused.linear_kernel.fn
+
         def __getitem__(self, grid):
             return lambda *args, **options: launched.append((grid, args, options, len(compiled)))
 
@@ -204,3 +208,14 @@ def test_no_launch_goes_another_way(module, launches):
     """One that did would launch on fake tensors."""
     source = Path(module.__file__).read_text()
     assert source.count("ahead.launch(") == launches and not re.search(r"kernel\w*\[", source)
+
+
+def test_cache_keys_do_not_depend_on_which_comes_first():
+    """Of a process that asks for the kernel's first, and one that asks for a callee's."""
+    program = "from hq_inductor.ops import ahead; from hq_inductor.ops.kernels import activations as a; {}; "
+    program += "ahead._settle_keys(a.__name__); print(a.rotate_quantize_kernel.cache_key)"
+    keys = [
+        subprocess.run([sys.executable, "-c", program.format(first)], capture_output=True, text=True, check=True).stdout
+        for first in ("pass", "a.row_statistics.cache_key")
+    ]
+    assert keys[0] == keys[1] != ""
