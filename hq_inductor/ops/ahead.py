@@ -169,10 +169,11 @@ def _left_to_the_launch(name: str) -> Iterator[None]:
 
 def _pool():
     """Inductor's worker processes, which are there before CUDA is."""
-    # may be imported while fake tensors are being made; no constant of Inductor's should become one
-    with _disable_current_modes():
-        from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.runtime.compile_tasks import _set_triton_ptxas_path
 
+    # workers take the assembler that torch brings, if it does, and its version is part of a kernel's key: so do we from here on
+    _set_triton_ptxas_path()
     return AsyncCompile.process_pool()
 
 
