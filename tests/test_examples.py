@@ -34,7 +34,7 @@ def test_qat():
     pytest.importorskip("transformers", minversion="5")
     out = run("qat.py", "--bps", "2", "--steps", "60", "--finetune", "25")
     assert "at 2.000 bits per weight" in out
-    # a shortened run at a low rate, where the differences are large; the default run recovers 78 % at 3 bits
+    # a shortened run at a low rate, where the differences are large; the default run recovers 98 % at 3 bits, 56 and 77 on other texts
     assert int(re.search(r"recovered +(-?\d+)%", out)[1]) >= 20
 
 
