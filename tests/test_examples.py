@@ -1,5 +1,6 @@
 """Every example as a user runs it, in a process of its own."""
 
+import os
 import re
 import subprocess
 import sys
@@ -22,6 +23,16 @@ def test_transformers_checkpoint():
     assert "37 of 37 linear layers, 10,764,288 weights" in out
     assert "5,382,144 bytes = 4.0000 bits per weight" in out and "identical outputs" in out
     assert int(re.search(r"headers +([\d,]+) bytes", out)[1].replace(",", "")) < 60_000
+
+
+def test_command_line():
+    pytest.importorskip("transformers", minversion="5")
+    pytest.importorskip("tqdm")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    result = subprocess.run(["bash", EXAMPLES / "command_line.sh"], capture_output=True, text=True, env={**os.environ, "PATH": path})
+    assert result.returncode == 0, result.stderr
+    assert "37 packed weights, 10,764,288 values, 4,036,608 bytes = 3.0000 bits/weight, SNR 16." in result.stdout
+    assert re.search(r"largest: .*weight \[\d+, \d+\] 221,184 bytes", result.stdout)
 
 
 def test_lora():
