@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from hq_inductor import HyperQuantTensor
 from hq_inductor.ops.fused import int8_linear
-from hq_inductor.ops.launch import REGISTERS, TIGHT_REGISTERS, LinearLaunch
+from hq_inductor.ops.launch import REGISTERS, RING_REGISTERS, TIGHT_REGISTERS, LinearLaunch, ring_products
 from hq_inductor.ops.registry import tile_layout
 
 SHAPES = [(4096, 4096), (6144, 4096), (14336, 4096), (28672, 4096), (4096, 14336), (8192, 8192), (28672, 8192), (8192, 28672)]
@@ -115,13 +115,16 @@ def tune(rows: int, columns: int, batch: int) -> list[tuple[float, LinearLaunch]
     layout = tile_layout("e8", weights[0].tile, weights[0].code, weights[0].qdata.shape[-1])
     x = torch.randn(batch, columns, device="cuda", dtype=torch.bfloat16)
     tiles = columns // layout.tile
-    block_columns = next((c for c in REGISTERS if batch <= c), 32)
+    splits = sorted({1, 2, 3, 4, max(1, tiles // 4), max(1, tiles // 2), tiles} & set(range(1, tiles + 1)))
+    columns_of = next((c for c in REGISTERS if batch <= c), max(REGISTERS))
+    launches = [LinearLaunch(columns_of, s, 8, registers) for s in splits for registers in {REGISTERS[columns_of], TIGHT_REGISTERS}]
+    if ring_products(x.device):
+        columns_of = next((c for c in RING_REGISTERS if batch <= c), max(RING_REGISTERS))
+        launches += [LinearLaunch(columns_of, s, warps, RING_REGISTERS[columns_of], True) for s in splits for warps in (4, 8)]
     found = []
-    for splits in sorted({1, 2, 3, 4, max(1, tiles // 4), max(1, tiles // 2), tiles} & set(range(1, tiles + 1))):
-        for registers in {REGISTERS[block_columns], TIGHT_REGISTERS}:
-            launch = LinearLaunch(block_columns, splits, 8, registers)
-            calls = [lambda w=w, launch=launch: int8_linear(x, w.qdata, None, None, layout, 0, launch) for w in weights]
-            found.append((time_us(calls), launch))
+    for launch in launches:
+        calls = [lambda w=w, launch=launch: int8_linear(x, w.qdata, None, None, layout, 0, launch) for w in weights]
+        found.append((time_us(calls), launch))
     return sorted(found, key=lambda pair: pair[0])
 
 
@@ -134,7 +137,7 @@ def measure(shapes, batches, bps: float) -> list[dict]:
             x = torch.randn(batch, columns, device="cuda", dtype=torch.bfloat16)
             times = {}
             for mma in OURS:
-                if mma == "int8" and batch > 128:
+                if mma == "int8" and batch > 256:
                     continue
                 faces = [w._replace(mma=mma) for w in weights]
                 times[f"ours {mma}"] = time_us([lambda w=w, x=x: F.linear(x, w) for w in faces])

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .ops.ahead import prepare_workers
 from .ops.registry import on_first_trace
+from .passes.compile_ahead import compile_ahead
 from .passes.config import current_config
 from .passes.pipeline import rewrite, uuid
 
@@ -35,6 +36,8 @@ class HyperQuantGraphPass(CustomGraphModulePass):
         if self.previous is not None:
             self.previous(gm)
         rewrite(gm)
+        if current_config().compile_ahead:
+            compile_ahead(gm.graph)
 
     def uuid(self):
         """None, which is no caching at all, if the pass before has none."""

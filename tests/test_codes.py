@@ -6,13 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 from torchao.quantization import quantize_
 
 from hq_inductor import HyperQuantLinear, HyperQuantTensor, hyperquant_weight, quantization_report
+from hq_inductor.compile import HyperQuantGraphPass
 from hq_inductor.format.codes import coefficients
 from hq_inductor.format.hadamard import hadamard_block, hadamard_ref
 from hq_inductor.format.layout import LATTICES
+from hq_inductor.passes import compile_ahead
 
 from .passes.graphs import Compiled
 
@@ -139,6 +143,19 @@ def test_models(mma, tmp_path):
     assert half.weight.dtype == torch.float16 and torch.equal(half.qdata, before[0]) and torch.equal(half.scale, before[1])
 
 
+def test_kernels_are_compiled_ahead_though_nothing_is_rewritten(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        compile_ahead, "compile_kernels_of", lambda function, args, kwargs: calls.append((function.__name__, args[0].shape))
+    )
+    with FakeTensorMode():
+        x, weight = torch.empty(3, 384, device="cuda"), torch.empty(8, 1, 384, dtype=torch.int8, device="cuda")
+        scale = torch.empty(8, 1, dtype=torch.int32, device="cuda")
+        gm = make_fx(lambda x, w, s: ops.codes_linear(x, w, s, None, None, "e8", 0))(x, weight, scale)
+    HyperQuantGraphPass(None)(gm)
+    assert calls == [("_codes_linear_cuda", (3, 384))]
+
+
 def test_codes_are_not_loaded_over_e4m3():
     model = mlp("fp8")
     with pytest.raises(RuntimeError, match=r"qdata must be torch\.uint8, got torch\.int8"):
@@ -153,6 +170,23 @@ def test_one_graph_for_every_batch_which_the_passes_leave_alone():
         for batch in (3, 65):
             x = torch.randn(batch, 384)
             torch.testing.assert_close(compiled.model(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mma", ["auto", "fp8"])
+def test_gathered_shards(mma):
+    """What FSDP2 asks for: rows of every part, and the whole weight of what it gathered."""
+    _, codes = pair((8, 1024), mma=mma, tile=256, act_pre_scale=torch.rand(1024) + 0.5)
+    shards = [codes[:4].fsdp_pre_all_gather(None)[0], codes[4:].fsdp_pre_all_gather(None)[0]]
+    gathered = tuple(torch.cat(parts) for parts in zip(*shards, strict=True))
+    whole, kept = codes[:4].fsdp_post_all_gather(gathered, None, torch.bfloat16)
+    assert torch.equal(whole.dequantize(torch.float32), codes.dequantize()) and len(kept) == 2
+
+
+def test_export():
+    model, x = mlp(), torch.randn(9, 384)
+    program = torch.export.export(model, (x[:3],), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.testing.assert_close(program.module()(x), model(x))
+    assert sum(node.target is ops.codes_linear.default for node in program.graph.nodes) == 2
 
 
 @pytest.mark.parametrize("mma", ["auto", "fp8"])

@@ -81,6 +81,28 @@ def test_attention_shapes(head_dim, seen):
             check(attend(*arguments), attend_ref(*arguments))
 
 
+@pytest.mark.parametrize(
+    ("bps", "head_dim", "kv_heads"), [((4.0, 4.0), 96, 8), ((2.0, 3.0), 96, 3), ((4.0, 4.0), 80, 8), ((6.0, 2.0), 80, 5)]
+)
+def test_attention_of_long_slots(bps, head_dim, kv_heads):
+    """More heads in a slot than a warp keeps sums of."""
+    from hq_inductor.ops.fused_kv import attend, attention_launch
+
+    layouts, max_tokens, length = [layout_of(b, head_dim) for b in bps], 640, 601
+    join = layouts[0].tile // head_dim
+    cache = random_cache(layouts, head_dim, 2, -(-kv_heads // join), max_tokens, length, 4, 32, torch.bfloat16, "cuda")
+    stored = (*cache[:2], *(x[:, :kv_heads].contiguous() for x in cache[2:]))
+    lengths = torch.tensor([length], device="cuda")
+    for group, queries in ((1, 1), (2, 2), (4, 1)):
+        query = torch.randn(2, kv_heads * group, queries, head_dim, device="cuda", dtype=torch.bfloat16)
+        arguments = (query, *stored, lengths, None, None, head_dim**-0.5, 4, 32, 0, *layouts)
+        expected = attend_ref(*arguments)
+        check(attend(*arguments), expected)
+        one = attention_launch(4096, max_tokens, 132, *layouts, head_dim)
+        assert one.splits == 1
+        check(attend(*arguments, one), expected)
+
+
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.bfloat16, torch.float16])
 def test_attention_masks_of_heads(head_dim, dtype):
@@ -164,6 +186,8 @@ def test_paged_attention(bps, head_dim, page_size, masked):
     for group, queries in ((4, 1), (2, 3)):
         query = torch.randn(4, cache[2].shape[1] * group, queries, head_dim, device="cuda", dtype=torch.bfloat16)
         mask = torch.rand(4, 1, queries, max_tokens, device="cuda") < 0.9 if masked else None
+        if masked:
+            mask[..., 0] = True  # the only token of a row
         length, tail = torch.tensor(lengths, device="cuda"), (head_dim**-0.5, sinks, window, 0, *layouts)
         found = attend(query, *pools, *cache[2:], length, None, mask, *tail, page_table=table)
         assert torch.equal(found, attend(query, *cache, length, None, mask, *tail))
@@ -203,7 +227,7 @@ def test_paged_store(page_size):
     assert torch.equal(apart, words)
 
 
-@pytest.mark.parametrize("head_dim", [96, 128])
+@pytest.mark.parametrize("head_dim", [96, 128, 320])
 def test_paged_ops_are_those_on_a_cpu(head_dim):
     """With the kernel, and where it does not fit; what has no page is not seen."""
     layout = kv_layout(head_dim, 4.0)

@@ -7,7 +7,7 @@ from hq_inductor import HyperQuantTensor
 from hq_inductor.ops.prologue import GATES, LAYER_NORMS, NORMS, PROLOGUES, Prologue
 from hq_inductor.passes import configured
 
-from .passes.graphs import ALL, NONE, Compiled, LlamaBlock, quantized
+from .passes.graphs import ALL, NONE, Compiled, DiTBlock, LlamaBlock, quantized
 from .test_gpu import _poison_new_memory  # noqa: F401  (a fixture)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -85,6 +85,17 @@ def test_rewritten_llama_block():
         with configured(**NONE):
             assert count < kernels(plain.model, x)
     close(rewritten.out, plain.out)
+
+
+def test_rewritten_dit_block():
+    """Modulated norms in the kernels that rotate, for a few tokens and for many."""
+    torch.use_deterministic_algorithms(False)
+    model = quantized(DiTBlock(), torch.bfloat16).cuda()
+    for tokens in (6, 300):
+        inputs = cuda(2, tokens, 128), cuda(2, 4, 128), cuda(2, 128)
+        rewritten = Compiled(model, *inputs, codegen=True, **ALL)
+        assert rewritten.report.made["fuse_norm"] == 3 and rewritten.after.count("layer_norm_1p") == 2
+        close(rewritten.out, Compiled(model, *inputs, codegen=True, **NONE).out, 4e-2)
 
 
 def test_one_graph_for_decode_and_prefill():

@@ -73,13 +73,16 @@ class PageTable:
         if sum(missing) > len(self._free):
             wanted = self.num_pages - len(self._free) + sum(missing)
             raise ValueError(f"pages have run out: num_pages must be at least {wanted}, got {self.num_pages}; free a row first")
-        for b, count in enumerate(missing):
-            if count:
-                pages = [self._free.pop() for _ in range(count)]
-                begin = len(self._rows[b])
-                self._rows[b] += pages
-                new = torch.tensor(pages, dtype=torch.int32, pin_memory=self.entries.is_cuda)
-                self.entries[b, begin : begin + count].copy_(new, non_blocking=True)
+        if not any(missing):
+            return
+        new = []
+        for b, (row, count) in enumerate(zip(self._rows, missing, strict=True)):
+            for _ in range(count):
+                new.append((b, len(row), self._free[-1]))
+                row.append(self._free.pop())
+        # one copy that nobody waits for, whatever the number of rows
+        place = torch.tensor(new, pin_memory=self.entries.is_cuda).to(self.entries.device, non_blocking=True)
+        self.entries[place[:, 0], place[:, 1]] = place[:, 2].to(torch.int32)
 
     def free(self, row: int) -> None:
         """Take all pages of a row back; also `reset` the row in every cache.

@@ -18,9 +18,11 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
 log = logging.getLogger("hq_inductor.passes")
@@ -47,8 +49,26 @@ class Job:
 
     def warm_up(self) -> None:
         """Compile for the active driver's target, or read from the cache on disk."""
-        kernel = getattr(importlib.import_module(self.module), self.name)
+        module = importlib.import_module(self.module)
+        _settle_keys(module, set())
+        kernel = getattr(module, self.name)
         kernel.warmup(*self.arguments, grid=self.grid, **dict(self.options))
+
+
+def _settle_keys(module: ModuleType, done: set[str]) -> None:
+    """Have Triton compute the cache keys of a module's functions, those of what they call first.
+
+    A key depends on the globals that a function's callees use, if their keys are there already: in another order, another key, and workers
+    would compile for nothing.
+    """
+    done.add(module.__name__)
+    functions = [value for value in vars(module).values() if hasattr(value, "cache_key")]
+    for name in dict.fromkeys(function.__module__ for function in functions):
+        if name not in done:
+            _settle_keys(importlib.import_module(name), done)
+    for function in functions:
+        if function.__module__ == module.__name__:
+            function.cache_key  # noqa: B018
 
 
 _noted = threading.local()
@@ -141,7 +161,9 @@ def _left_to_the_launch(name: str) -> Iterator[None]:
 
 def _pool():
     """Inductor's worker processes, which are there before CUDA is."""
-    from torch._inductor.async_compile import AsyncCompile
+    # may be imported while fake tensors are being made; no constant of Inductor's should become one
+    with _disable_current_modes():
+        from torch._inductor.async_compile import AsyncCompile
 
     return AsyncCompile.process_pool()
 

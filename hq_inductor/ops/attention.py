@@ -8,8 +8,8 @@ Definition.  `softmax(scale q k^T + mask) v`, softmax in fp32. Keys and values o
              pools, and positions of slots without a page are not seen.
 Invariants.  No host sync. Any words, lengths, starts and page tables are read without error; corrupt ones give wrong finite numbers.
 Choice.      On a CPU, plain PyTorch over the stored tokens. On CUDA the kernel that decodes while it attends
-             (`hq_inductor.ops.fused_kv.attend`), where its `unsupported` has no objection: few queries, slots of 128 or 256 values,
-             e8. Otherwise slots are decoded to the queries' dtype for the library's attention.
+             (`hq_inductor.ops.fused_kv.attend`), where its `unsupported` has no objection: few queries, e8. Otherwise slots are decoded
+             to the queries' dtype for the library's attention.
 """
 
 from __future__ import annotations

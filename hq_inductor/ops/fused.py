@@ -332,9 +332,9 @@ def int8_linear(
     ring = columns if launch.ring else 0
     shape = {"STEPS": 1, "STAGES": 0}
     if ring:
-        staged = x.is_cuda and stages_tiles(layout)
         blocks = max(1, ring_warps(columns) // launch.num_warps)
-        steps, stages, kilobytes = ring_shape(columns, launch.num_warps, blocks, words, stream_bytes, staged)
+        stageable = x.is_cuda and stages_tiles(layout)
+        steps, stages, staged, kilobytes = ring_shape(columns, launch.num_warps, blocks, words, stream_bytes, stageable)
         shape = {"STEPS": steps, "STAGES": stages}
         if x.is_cuda:
             shape |= {"STAGED": staged, "SHARED_KB": kilobytes}
@@ -500,7 +500,7 @@ def decode(
 
 
 def stages_tiles(layout: TileLayout) -> bool:
-    """Whether the kernel with a ring takes whole tiles through shared memory: where 16-byte loads are unrolled, and tiles are small."""
+    """Whether the kernel with a ring can take whole tiles through shared memory: where 16-byte loads are unrolled, and tiles are small."""
     chunked = _aligned(layout) and layout.lattice != "d4" and layout.groups <= 4 and layout.rice_parameter * layout.groups % 4 == 0
     return chunked and layout.words <= 64 and row_bytes(layout.stream_words) > 0
 

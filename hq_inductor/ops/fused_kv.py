@@ -24,9 +24,13 @@ from .paging import cache_shape
 
 # bytes of shared memory for slots: what the tables leave of a kernel's static share
 _BUFFERS_BYTES = 16384
+_SHARED_BYTES = 49152
+# coordinates of a slot whose queries and sums fit in registers
+MAX_PERIOD = 256
 # queries beyond this many blocks of columns are better served by decoding once
 MAX_COLUMN_BLOCKS = 4
-_BLOCKS_PER_PROCESSOR = 2
+# of a multiprocessor: programs that its shared memory has room for, and registers
+_MOST_BLOCKS, _REGISTERS = 4, 65536
 _MASKS = (torch.bool, torch.float16, torch.bfloat16, torch.float32)
 # tokens that a warp takes at a time; they lie in one page
 STEP_TOKENS = 16
@@ -51,25 +55,35 @@ class AttentionLaunch:
     registers: int = 0
 
 
-def _warps(k_layout: TileLayout, v_layout: TileLayout) -> int:
+def column_period(tile: int, head_dim: int) -> int:
+    """Coordinates of a slot that the kernel keeps queries and sums of (its PERIOD): short slots have room for all."""
+    return tile if tile <= MAX_PERIOD else math.lcm(head_dim, 32)
+
+
+def _warps(k_layout: TileLayout, v_layout: TileLayout, head_dim: int) -> int:
     """Most warps per program whose buffers, and whose sums, fit in shared memory; 0 if none do."""
-    per_warp = buffer_bytes(k_layout.words) + buffer_bytes(v_layout.words)
-    return next((n for n in (8, 4, 2) if n * per_warp <= _BUFFERS_BYTES and n * k_layout.tile <= 1024), 0)
+    per_warp, period = buffer_bytes(k_layout.words) + buffer_bytes(v_layout.words), column_period(k_layout.tile, head_dim)
+    return next((n for n in (8, 4, 2, 1) if n * per_warp <= _BUFFERS_BYTES and n * (32 * period + 64) <= _SHARED_BYTES), 0)
 
 
 @functools.lru_cache(maxsize=1024)
-def attention_launch(units: int, max_tokens: int, processors: int, k_layout: TileLayout, v_layout: TileLayout) -> AttentionLaunch:
-    """Launch for `units` heads of slots (times blocks of columns) that fills the device's waves of programs best."""
-    num_warps = _warps(k_layout, v_layout)
-    # 255 registers leave room for half the warps
-    wave = _BLOCKS_PER_PROCESSOR * processors * (8 // num_warps) // (k_layout.tile // 128)
+def attention_launch(
+    units: int, max_tokens: int, processors: int, k_layout: TileLayout, v_layout: TileLayout, head_dim: int | None = None
+) -> AttentionLaunch:
+    """Launch for `units` heads of slots (times blocks of columns) that fills the device's waves of programs best; heads fill a slot."""
+    num_warps = _warps(k_layout, v_layout, head_dim or k_layout.tile)
+    registers = 128 if k_layout.tile == 128 else 255
+    wave = processors * min(_MOST_BLOCKS, _REGISTERS // (32 * num_warps * registers))
+    # against the slots and the warps that were measured
+    share = k_layout.tile / 128 * 8 / num_warps
 
     def microseconds(splits: int) -> float:
-        return -(-units * splits // wave) * (_PER_TOKEN * max_tokens / splits + _PER_PROGRAM) + (_COMBINE if splits > 1 else 0)
+        rounds = -(-units * splits // wave)
+        return rounds * (_PER_TOKEN * share * max_tokens / splits + _PER_PROGRAM) + (_COMBINE if splits > 1 else 0)
 
     # as many as have a round for each warp, and one for the exact tokens; and sums of parts that need little memory
     most = max(1, min(_MAX_SPLITS, -(-max_tokens // (16 * num_warps)) + 1, _MAX_WAVES * wave // units))
-    return AttentionLaunch(num_warps, min(range(1, most + 1), key=microseconds), 128 if k_layout.tile == 128 else 255)
+    return AttentionLaunch(num_warps, min(range(1, most + 1), key=microseconds), registers)
 
 
 def unsupported(
@@ -86,11 +100,13 @@ def unsupported(
     max_tokens = cache_shape(k_words, page_table)[1]
     if k_layout.lattice != "e8" or v_layout.lattice != "e8":
         return f"lattice must be e8, got {k_layout.lattice} and {v_layout.lattice}"
-    if k_layout.tile not in (128, 256) or k_layout.tile != v_layout.tile:
-        return f"slots must have 128 or 256 coefficients, got {k_layout.tile} and {v_layout.tile}"
+    if k_layout.tile != v_layout.tile:
+        return f"slots must have the same number of coefficients, got {k_layout.tile} and {v_layout.tile}"
     if head_dim % 8 or k_layout.tile % head_dim:
         return f"head_dim must be a multiple of 8 that divides the slot, got {head_dim}"
-    if _warps(k_layout, v_layout) == 0:
+    if column_period(k_layout.tile, head_dim) > MAX_PERIOD:
+        return f"head_dim must have a common multiple with 32 of at most {MAX_PERIOD} in slots of {k_layout.tile}, got {head_dim}"
+    if _warps(k_layout, v_layout, head_dim) == 0:
         return f"slots are too long for shared memory, got {k_layout.words} and {v_layout.words} words"
     if max_tokens * k_layout.words % 4 or max_tokens * v_layout.words % 4 or max_tokens * max(k_layout.words, v_layout.words) >= 2**31:
         return f"max_tokens must be a multiple of 4 and a head of fewer than 2^31 words, got {max_tokens} tokens"
@@ -181,13 +197,15 @@ def attend(
     column_blocks = -(-queries * join * group // MMA_COLUMNS)
     units = batch * heads
     if launch is None:
-        launch = attention_launch(units * column_blocks, max_tokens, multiprocessors(device) if query.is_cuda else 1, k_layout, v_layout)
-    splits, tile, two_codes = launch.splits, k_layout.tile, k_layout.code != v_layout.code
+        launch = attention_launch(
+            units * column_blocks, max_tokens, multiprocessors(device) if query.is_cuda else 1, k_layout, v_layout, head_dim
+        )
+    splits, tile, period, two_codes = launch.splits, k_layout.tile, column_period(k_layout.tile, head_dim), k_layout.code != v_layout.code
     out = torch.empty((batch, query_heads, queries, head_dim), dtype=query.dtype, device=device)
     if out.numel() == 0:
         return out
     split = splits > 1
-    partial = torch.empty((units, column_blocks, splits, MMA_COLUMNS, tile), dtype=torch.float32, device=device) if split else out
+    partial = torch.empty((units, column_blocks, splits, MMA_COLUMNS, period), dtype=torch.float32, device=device) if split else out
     state = torch.empty((units, column_blocks, splits, MMA_COLUMNS, 2), dtype=torch.float32, device=device) if split else out
     # stands in for shared memory where there is none
     scratch = k_words if query.is_cuda else torch.empty(12288, dtype=torch.int32)
@@ -241,6 +259,7 @@ def attend(
         WALL_UNIT=k_layout.wall_unit,
         HEAD_DIM=head_dim,
         JOIN=join,
+        PERIOD=period,
         HAS_START=start is not None,
         HAS_MASK=mask is not None,
         OWN_LENGTHS=length.shape[0] > 1,
@@ -264,7 +283,8 @@ def attend(
             kv_heads,
             splits,
             column_blocks,
-            TILE=tile,
+            PERIOD=period,
+            WIDTH=triton.next_power_of_2(period),
             HEAD_DIM=head_dim,
             JOIN=join,
             STEP=min(triton.next_power_of_2(splits), 64),

@@ -5,7 +5,7 @@
 4. `fuse_residual` last: it takes single layers, which merged ones no longer are.
 
 What is still a single layer then is called by the overload `no_grad`: the graph is below autograd, whose Python layer is paid for per call.
-Last, `compile_ahead` begins with the kernels of the layers as they are now.
+After all that, `compile_ahead` begins with the kernels of the layers as they are then.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from torch import fx
 
-from .compile_ahead import compile_ahead
 from .config import current_config
 from .fuse_gate import FuseGatePass
 from .fuse_norm import FuseNormPass
@@ -59,8 +58,6 @@ def rewrite(gm: fx.GraphModule) -> PassReport:
         if without_autograd(gm.graph) or report.made:
             gm.recompile()
             log.debug("after:\n%s", gm.graph)
-    if rewriting.config.compile_ahead:
-        compile_ahead(gm.graph)
     add_to_report(report)
     return report
 

@@ -43,8 +43,9 @@ def compiled(monkeypatch):
     for kernel in vars(fused).values():
         if hasattr(kernel, "warmup"):
             monkeypatch.setattr(kernel, "warmup", lambda *args, kernel=kernel, **options: warm_up(kernel, *args, **options))
-    for name in ("dependent_launch", "warpgroup_products"):
+    for name in ("dependent_launch", "ring_products", "warpgroup_products"):
         monkeypatch.setattr(fused, name, lambda device: True)
+    monkeypatch.setattr(linear, "fused_batch", lambda device: 256)
     monkeypatch.setattr(linear, "fp8_products", lambda device: True)
     monkeypatch.setattr(fused, "multiprocessors", lambda device: 132)
     for name in ("table", "kernel_tables"):
@@ -72,7 +73,8 @@ def arguments(batch, mma="auto"):
     ("batch", "mma", "kernels"),
     [
         (1, "auto", ["rotate_quantize_kernel", "linear_kernel"]),
-        (64, "auto", ["rotate_kernel", "decode_kernel", "int8_matmul_kernel"]),
+        (64, "auto", ["rotate_quantize_kernel", "ring_linear_kernel"]),
+        (512, "auto", ["rotate_kernel", "decode_kernel", "int8_matmul_kernel"]),
         (64, "fp8", ["fp8_scale_kernel", "rotate_kernel", "decode_kernel"]),
         (64, "bf16", ["rotate_kernel", "decode_kernel"]),
     ],

@@ -50,6 +50,17 @@ def test_store_and_load_are_those_of_each_row(head_dim, lattice, dither):
     assert torch.equal(found, OPS.kv_load(words, head_dim, *key(layout), torch.float32, dither, 5))
 
 
+def test_a_pair_is_keys_and_values_stored():
+    layout, keys, k_pool, _ = make()
+    _, values, v_pool, _ = make()
+    x, position = torch.randn(2, 2, 3, 2, 64), torch.tensor([[11, 3], [0, 7]])
+    OPS.kv_store_pair(k_pool, v_pool, *x, position, *key(layout), layout.tile.code, 0, None, 0, 0, TABLE[:2])
+    for side, buffer in zip(x, (keys, values), strict=True):
+        _, alone, pool, _ = make()
+        OPS.kv_store(pool, side, position, *key(layout), 0, None, 0, TABLE[:2])
+        assert torch.equal(buffer, alone) and (alone != 77).any()
+
+
 @pytest.mark.parametrize("entry", NO_PAGES)
 def test_nothing_is_stored_without_a_page(entry):
     layout, buffer, pool, _ = make()
@@ -153,13 +164,15 @@ def samples():
     position = lengths[:, None] + torch.arange(3)
     yield OPS.kv_store.default, (pool.clone(), x, position, *key(layout), 1, None, 0, table)
     yield OPS.kv_store.default, (pool.clone(), x, position[0], *key(layout), 0, "half", 3, table)
+    pair = (pool.clone(), pool.clone(), x, x + 1, position, *key(layout), layout.tile.code, 0)
+    yield OPS.kv_store_pair.default, (*pair, None, 0, 0, table)
     yield OPS.kv_load.default, (pool, 64, *key(layout), torch.bfloat16, None, 0, table)
     query = torch.randn(2, 1, 6, 64).transpose(1, 2)
     head = (query, pool, pool, exact, exact, lengths, None, None, 0.125, 1, 2, 0, *key(layout), layout.tile.code)
     yield OPS.kv_attention.default, (*head, None, 0, 0, table)
 
 
-@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("index", range(5))
 def test_opcheck(index):
     op, arguments = list(samples())[index]
     opcheck(op, arguments)

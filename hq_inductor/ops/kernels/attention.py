@@ -8,6 +8,10 @@ Definition.  `out[c] = sum_t softmax_t(scale * <query[c], K_t>) V_t` over the to
 Arithmetic.  Queries are rounded to 15 bits, `128 hi + lo`, so a score is two int8 products with the codes, exact in int32. A weight is
              `exp2(score - m) * scale_t`, scale_t of the V slot, rounded to fp16 last of all; m follows the largest of them. V's
              codes are exact in fp16; sums are fp32.
+Folding.     A column has nothing to do with heads of the slot but its own. Where a long slot is cut into PERIODs, of whole heads and whole
+             chunks of 32 coordinates, queries and sums are those of one period: products with chunks of another take zeros for the
+             queries, and for the weights. 8 heads of 80 take 10 blocks of sums instead of 40. In a period of two heads, what a column
+             sums up over the other one is left behind.
 Work.        A warp takes 16 tokens at a time. Decoded as rows, K is a first operand. V must stand in columns: `transpose` turns pairs of
              its bytes, which become pairs of halves. The warps of a program merge in shared memory, programs of a head in
              `hq_inductor.ops.kernels.softmax`. Programs share a head's tokens evenly, whatever the length; as many as there are
@@ -40,7 +44,7 @@ from .shared import (
     wait_older_copies,
 )
 from .slots import open_slot, page_entry, page_slots, raw_address, slot_quads, slot_raw, stage_slots, stream_address
-from .softmax import NEVER, weigh
+from .softmax import NEVER, first_in_period, weigh
 from .tile import decode_vector_e8, restore_signs
 from .warp import (
     biased_to_half,
@@ -110,7 +114,7 @@ def attention_kernel(
     start_ptr,  # [B] int64 if HAS_START
     mask_ptr,  # [B, kv_heads * group, queries, max_tokens] int8 or floating point, strided, if HAS_MASK
     out_ptr,  # [B, kv_heads * group, queries, HEAD_DIM]
-    partial_ptr,  # [B * heads, column blocks, splits, 8, TILE] fp32 if SPLIT
+    partial_ptr,  # [B * heads, column blocks, splits, 8, PERIOD] fp32 if SPLIT
     state_ptr,  # [B * heads, column blocks, splits, 8, 2] fp32 if SPLIT: m and l
     scratch_ptr,  # stands in for shared memory under the interpreter
     page_ptr,  # [B, max_pages] int32 if PAGED
@@ -147,6 +151,7 @@ def attention_kernel(
     WALL_UNIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     JOIN: tl.constexpr,
+    PERIOD: tl.constexpr,
     HAS_START: tl.constexpr,
     HAS_MASK: tl.constexpr,
     OWN_LENGTHS: tl.constexpr,
@@ -157,7 +162,9 @@ def attention_kernel(
 ):
     """Program (i, p, c): head i of slots, part p of its tokens, columns 8 c on."""
     GROUPS: tl.constexpr = TILE // 128
-    BLOCKS: tl.constexpr = 8 * GROUPS  # of 16 coordinates by 8 columns
+    PERIODS: tl.constexpr = TILE // PERIOD
+    CHUNKS: tl.constexpr = PERIOD // 32
+    BLOCKS: tl.constexpr = 2 * CHUNKS  # of 16 coordinates by 8 columns
     K_RAW: tl.constexpr = 4 * K_RICE * GROUPS
     V_RAW: tl.constexpr = 4 * V_RICE * GROUPS
     K_END: tl.constexpr = 32 * (K_WORDS - K_RAW)
@@ -191,11 +198,11 @@ def attention_kernel(
     sub = column // group % JOIN
     q_row = b * stride_qb + ((h * JOIN + sub) * group + column % group) * stride_qh + column // (JOIN * group) * stride_qs
     q_mask = (column < queries * JOIN * group) & (h * JOIN + sub < kv_heads)
-    q_first = sub * HEAD_DIM
+    q_first = first_in_period(sub, HEAD_DIM, JOIN, PERIOD)
+    q_period = sub * HEAD_DIM // PERIOD
     values = ()
-    for g in tl.static_range(GROUPS):
-        for v in tl.static_range(4):
-            values = values + query_8(query_ptr, q_row, 128 * g + 32 * v + 8 * j, q_first, q_mask, HEAD_DIM)
+    for chunk in tl.static_range(CHUNKS):
+        values = values + query_8(query_ptr, q_row, 32 * chunk + 8 * j, q_first, q_mask, HEAD_DIM)
     first_query = length - queries
     begin = 0
     if HAS_START:
@@ -245,14 +252,14 @@ def attention_kernel(
     stage_slots(v_head, place, v_pieces, lane, v_buffer, V_WORDS, V_RAW)
 
     largest = tl.zeros([32 * NUM_WARPS], tl.float32)
-    for i in tl.static_range(32 * GROUPS):
+    for i in tl.static_range(8 * CHUNKS):
         largest = tl.maximum(largest, tl.abs(values[i]))
     largest = tl.maximum(largest, exchange(largest, 1, NUM_WARPS))
     largest = tl.maximum(largest, exchange(largest, 2, NUM_WARPS))
     factor = tl.where(largest > 0, 16256.0 / largest, 0.0)
     q_high = ()
     q_low = ()
-    for word in tl.static_range(8 * GROUPS):
+    for word in tl.static_range(2 * CHUNKS):
         above = ()
         rest = ()
         for i in tl.static_range(4):
@@ -305,6 +312,7 @@ def attention_kernel(
             query_ptr,
             q_row,
             q_first,
+            q_period,
             q_mask,
             scale,
             low,
@@ -323,7 +331,8 @@ def attention_kernel(
             totals,
             HEAD_DIM,
             JOIN,
-            GROUPS,
+            TILE,
+            PERIOD,
             HAS_MASK,
             NUM_WARPS,
         )
@@ -391,7 +400,12 @@ def attention_kernel(
                 f0, f1, y_v = slot_quads(y_v, odd, k_table, K_PLACE, TWO_CODES)
                 a0, a2 = decode_vector_e8(e0, e1, v, signs_u, raw_u, K_RICE, K_SHIFT, BIASED=False)
                 a1, a3 = decode_vector_e8(f0, f1, v, signs_v, raw_v, K_RICE, K_SHIFT, BIASED=False)
-                b0, b1, c0, c1 = q_high[8 * g + 2 * v], q_high[8 * g + 2 * v + 1], q_low[8 * g + 2 * v], q_low[8 * g + 2 * v + 1]
+                b0, b1 = q_high[2 * ((4 * g + v) % CHUNKS)], q_high[2 * ((4 * g + v) % CHUNKS) + 1]
+                c0, c1 = q_low[2 * ((4 * g + v) % CHUNKS)], q_low[2 * ((4 * g + v) % CHUNKS) + 1]
+                if PERIODS > 1:
+                    in_head = q_period == (4 * g + v) // CHUNKS
+                    b0, b1 = tl.where(in_head, b0, 0), tl.where(in_head, b1, 0)
+                    c0, c1 = tl.where(in_head, c0, 0), tl.where(in_head, c1, 0)
                 s0, s1, s2, s3 = mma_s8(s0, s1, s2, s3, a0, a1, a2, a3, b0, b1, NUM_WARPS)
                 t0, t1, t2, t3 = mma_s8(t0, t1, t2, t3, a0, a1, a2, a3, c0, c1, NUM_WARPS)
         sync_warp(lane)
@@ -420,35 +434,41 @@ def attention_kernel(
         weights, state, totals = weigh(scores, v_scale_u, v_scale_v, state, totals, NUM_WARPS, BLOCKS)
         p0 = transpose(pack_halves(weights[0], weights[1], tl.float16), NUM_WARPS)
         p1 = transpose(pack_halves(weights[2], weights[3], tl.float16), NUM_WARPS)
-        updated = ()
-        for g in tl.static_range(GROUPS):
-            raw_u = slot_raw(v_raw_u, g, j, V_RICE, GROUPS)
-            raw_v = slot_raw(v_raw_v, g, j, V_RICE, GROUPS)
-            signs_u = restore_signs(raw_u, V_RICE, "e8")
-            signs_v = restore_signs(raw_v, V_RICE, "e8")
-            for v in tl.static_range(4):
+        w0 = p0
+        w1 = p1
+        for period in tl.static_range(PERIODS):
+            updated = ()
+            if PERIODS > 1:
+                w0, w1 = tl.where(q_period == period, p0, 0), tl.where(q_period == period, p1, 0)
+            # vector v of group g
+            for v in tl.static_range(period * CHUNKS, (period + 1) * CHUNKS):
+                if v % 4 == 0:
+                    raw_u = slot_raw(v_raw_u, v // 4, j, V_RICE, GROUPS)
+                    raw_v = slot_raw(v_raw_v, v // 4, j, V_RICE, GROUPS)
+                    signs_u = restore_signs(raw_u, V_RICE, "e8")
+                    signs_v = restore_signs(raw_v, V_RICE, "e8")
                 e0, e1, y_u = slot_quads(y_u, odd, v_table, V_PLACE, TWO_CODES)
                 f0, f1, y_v = slot_quads(y_v, odd, v_table, V_PLACE, TWO_CODES)
-                codes_u = decode_vector_e8(e0, e1, v, signs_u, raw_u, V_RICE, V_SHIFT, BIASED=True)
-                codes_v = decode_vector_e8(f0, f1, v, signs_v, raw_v, V_RICE, V_SHIFT, BIASED=True)
+                codes_u = decode_vector_e8(e0, e1, v % 4, signs_u, raw_u, V_RICE, V_SHIFT, BIASED=True)
+                codes_v = decode_vector_e8(f0, f1, v % 4, signs_v, raw_v, V_RICE, V_SHIFT, BIASED=True)
                 for half in tl.static_range(2):
                     turned_u = transpose(codes_u[half], NUM_WARPS)
                     turned_v = transpose(codes_v[half], NUM_WARPS)
                     updated = updated + mma_16bit(
-                        totals[32 * g + 8 * v + 4 * half],
-                        totals[32 * g + 8 * v + 4 * half + 1],
-                        totals[32 * g + 8 * v + 4 * half + 2],
-                        totals[32 * g + 8 * v + 4 * half + 3],
+                        totals[8 * (v % CHUNKS) + 4 * half],
+                        totals[8 * (v % CHUNKS) + 4 * half + 1],
+                        totals[8 * (v % CHUNKS) + 4 * half + 2],
+                        totals[8 * (v % CHUNKS) + 4 * half + 3],
                         biased_to_half(turned_u, 0),
                         biased_to_half(turned_u, 1),
                         biased_to_half(turned_v, 0),
                         biased_to_half(turned_v, 1),
-                        p0,
-                        p1,
+                        w0,
+                        w1,
                         tl.float16,
                         NUM_WARPS,
                     )
-        totals = updated
+            totals = updated
         sync_warp(lane)
         if PAGED:
             v_head = page_slots(v_ptr, page, num_pages, h, heads, v_pieces)
@@ -459,12 +479,12 @@ def attention_kernel(
     # merge the warps where their buffers and tables were
     wait_copies(lane)
     tl.debug_barrier()
-    place = base + (warp * 8 + 2 * j) * (4 * TILE) + ((r // 2) * 8 + r % 2 * 2) * 4
+    place = base + (warp * 8 + 2 * j) * (4 * PERIOD) + ((r // 2) * 8 + r % 2 * 2) * 4
     for block in tl.static_range(BLOCKS):
         for i in tl.static_range(4):
-            offset = (16 * block - 12 * (block % 2) + i // 2 + TILE * (i % 2)) * 4
+            offset = (16 * block - 12 * (block % 2) + i // 2 + PERIOD * (i % 2)) * 4
             store_shared(place + offset, totals[4 * block + i].to(tl.int32, bitcast=True))
-    states = base + 32 * TILE * NUM_WARPS
+    states = base + 32 * PERIOD * NUM_WARPS
     own = states + (warp * 8 + 2 * j) * 8
     store_shared(own, state[0].to(tl.int32, bitcast=True))
     store_shared(own + 4, column_sum(state[2], NUM_WARPS).to(tl.int32, bitcast=True))
@@ -488,15 +508,15 @@ def attention_kernel(
         real = (c_all < queries * JOIN * group) & (h * JOIN + sub < kv_heads)
         part_row = ((unit * tl.num_programs(2) + tl.program_id(2)) * tl.num_programs(1) + part) * 8 + c
         out_row = (((b * kv_heads + h * JOIN + sub) * group + c_all % group) * queries + c_all // (JOIN * group)).to(tl.int64)
-        for i in tl.static_range(TILE // 32):
+        for i in tl.static_range(CHUNKS):
             d = i * 32 + lane
             total = tl.zeros([32 * NUM_WARPS], tl.float32)
             for w in tl.static_range(NUM_WARPS):
-                total += shares[w] * load_shared(base + ((w * 8 + c) * TILE + d) * 4).to(tl.float32, bitcast=True)
+                total += shares[w] * load_shared(base + ((w * 8 + c) * PERIOD + d) * 4).to(tl.float32, bitcast=True)
             if SPLIT:
-                store_global(partial_ptr + part_row.to(tl.int64) * TILE + d, total, real)
+                store_global(partial_ptr + part_row.to(tl.int64) * PERIOD + d, total, real)
             else:
-                place = d - sub * HEAD_DIM
+                place = d - first_in_period(sub, HEAD_DIM, JOIN, PERIOD)
                 mask = real & (place >= 0) & (place < HEAD_DIM)
                 value = total / tl.where(norm > 0, norm, 1.0)
                 store_global(out_ptr + out_row * HEAD_DIM + place, value.to(out_ptr.dtype.element_ty), mask)

@@ -1,12 +1,12 @@
 """Slots of the KV cache in shared memory: 16 tokens at a time come in whole, and each lane reads its part of the stream from there.
 
-Definition.  A slot is one tile of `hq_inductor.format.layout`, e8, 128 or 256 coefficients; consecutive tokens of a head are consecutive in
-             memory. `hq_inductor.ops.kernels.tile` decodes the vectors; here the bits are found.
+Definition.  A slot is one tile of `hq_inductor.format.layout`, e8, G groups of 128 coefficients; consecutive tokens of a head are
+             consecutive in memory. `hq_inductor.ops.kernels.tile` decodes the vectors; here the bits are found.
 Storage.     A buffer takes 16 slots, `64 WORDS` bytes. Where a slot is a whole number of 16-byte pieces the raw planes of all 16 come
              first, then the stream planes: rows that are 4 (2 i + 1) words apart lie in different banks. Else slots lie as in memory.
-Invariants.  Nothing masks addresses, because nothing needs to: a lane reads at most 3 vectors of 24 bits and a window on from a wall that
-             every code of which lies in the plane, so no bits lead further than 4 words out of a stream plane. Before the first plane
-             there is a raw plane, of at least 4 words; what follows the last one must be shared memory of the kernel too.
+Invariants.  Nothing masks addresses, because nothing needs to: a lane reads at most 4 G - 1 vectors of 24 bits and a window on from a wall
+             every code of which lies in the plane, so no bits lead further than 3 G + 1 words out of a stream plane. Before the first
+             plane there is a raw plane, of at least 4 G words; what follows the last one must be shared memory of the kernel too.
 Why.         A lane's share of such a short stream is about 28 bits at 4 bps: fetching the window anew for each vector takes fewer
              instructions than keeping one up to date as longer tiles do.
 """
@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from .bits import INTERPRETED, funnel_left, reverse_bits, rotate_left, shift_right
+from .memory import load_global
 from .shared import commit_copies, copy_async_16, load_shared
 from .tile import read_header
 
@@ -50,7 +51,7 @@ def stage_slots(head_ptr, step, pieces, lane, address, WORDS: tl.constexpr, RAW:
 @triton.jit
 def page_entry(row_ptr, step, max_pages, page_shift):
     """Entry of a row of the page table for tokens `16 step` to `16 step + 15`, the last one's beyond the end."""
-    return tl.load(row_ptr + tl.minimum(step >> page_shift, max_pages - 1))
+    return load_global(row_ptr + tl.minimum(step >> page_shift, max_pages - 1))
 
 
 @triton.jit

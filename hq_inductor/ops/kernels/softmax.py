@@ -23,6 +23,15 @@ MOST = tl.constexpr(32768.0)
 
 
 @triton.jit
+def first_in_period(sub, HEAD_DIM: tl.constexpr, JOIN: tl.constexpr, PERIOD: tl.constexpr):
+    """First coordinate of a slot's head `sub` in its period."""
+    if JOIN * HEAD_DIM == PERIOD:
+        return sub * HEAD_DIM
+    else:
+        return sub % (PERIOD // HEAD_DIM) * HEAD_DIM
+
+
+@triton.jit
 def weigh(scores, scale_u, scale_v, state, totals, NUM_WARPS: tl.constexpr, BLOCKS: tl.constexpr):
     """Running softmax: weights of two tokens for two columns, `state = (m0, m1, l0, l1)` and `totals` brought to the new m."""
     m0, m1, l0, l1 = state
@@ -49,7 +58,7 @@ def weigh(scores, scale_u, scale_v, state, totals, NUM_WARPS: tl.constexpr, BLOC
 
 @triton.jit(do_not_specialize=["queries", "group", "heads", "kv_heads", "splits", "column_blocks"])
 def combine_kernel(
-    partial_ptr,  # [B * heads, column_blocks, splits, 8, TILE] fp32
+    partial_ptr,  # [B * heads, column_blocks, splits, 8, PERIOD] fp32
     state_ptr,  # [B * heads, column_blocks, splits, 8, 2] fp32
     out_ptr,  # [B, kv_heads * group, queries, HEAD_DIM]
     queries,
@@ -58,7 +67,8 @@ def combine_kernel(
     kv_heads,
     splits,
     column_blocks,
-    TILE: tl.constexpr,
+    PERIOD: tl.constexpr,
+    WIDTH: tl.constexpr,  # power of two, at least PERIOD
     HEAD_DIM: tl.constexpr,
     JOIN: tl.constexpr,
     STEP: tl.constexpr,
@@ -72,8 +82,8 @@ def combine_kernel(
     column = tl.program_id(1)
     b = unit // heads
     h = unit % heads
-    d = tl.arange(0, TILE)
-    total = tl.zeros([TILE], tl.float32)
+    d = tl.arange(0, WIDTH)
+    total = tl.zeros([WIDTH], tl.float32)
     norm = 0.0
     largest = NEVER
     for first in range(0, splits, STEP):
@@ -83,7 +93,10 @@ def combine_kernel(
         m = tl.load(state_ptr + row * 2, mask=mask, other=NEVER)
         part_norm = tl.load(state_ptr + row * 2 + 1, mask=mask, other=0.0)
         # on their way before it is known which of them were written
-        parts = tl.load(partial_ptr + row.to(tl.int64)[:, None] * TILE + d[None, :], mask=mask[:, None], other=0.0)
+        there = mask[:, None]
+        if WIDTH > PERIOD:
+            there = there & (d < PERIOD)[None, :]
+        parts = tl.load(partial_ptr + row.to(tl.int64)[:, None] * PERIOD + d[None, :], mask=there, other=0.0)
         parts = tl.where((m > NEVER)[:, None], parts, 0.0)
         m_new = tl.maximum(largest, tl.max(m, 0))
         share = tl.exp2(m - m_new)
@@ -92,7 +105,7 @@ def combine_kernel(
         total = total * before + tl.sum(share[:, None] * parts, 0)
         largest = m_new
     sub = column // group % JOIN
-    place = d - sub * HEAD_DIM
+    place = d - first_in_period(sub, HEAD_DIM, JOIN, PERIOD)
     mask = (place >= 0) & (place < HEAD_DIM) & (h * JOIN + sub + d * 0 < kv_heads)
     head = (b * kv_heads + h * JOIN + sub) * group + column % group
     row = (head * queries + column // (JOIN * group)).to(tl.int64)

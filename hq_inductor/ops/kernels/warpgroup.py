@@ -28,24 +28,27 @@ _BARRIER_BYTES = tl.constexpr(128)
 _MULTIPROCESSOR_KB = 226
 
 
-def ring_shape(columns: int, num_warps: int, blocks: int, words: int, row_bytes: int, staged: bool) -> tuple[int, int, int]:
-    """Steps of 32 coefficients per chunk, chunks, and shared memory in KiB of a block with a ring for `columns` rows of the second factor.
+def ring_shape(columns: int, num_warps: int, blocks: int, words: int, row_bytes: int, stageable: bool) -> tuple[int, int, bool, int]:
+    """Ring for `columns` rows of the second factor: steps of 32 coefficients per chunk, chunks, whether whole tiles are staged,
+    and the shared memory of a block in KiB.
 
     Args:
         blocks: of a multiprocessor.
-        words: of a tile, of which warps hold two of 16 rows if `staged`; else only stream planes, in rows of `row_bytes`.
+        words: of a tile, of which warps hold two of 16 rows, if they are `stageable` and there is room; else only stream planes, in rows of
+            `row_bytes`.
 
     Raises:
         ValueError: there is no room for three chunks.
     """
-    warp = 2 * 16 * (4 * words + 16) + 8 * columns if staged else buffer_bytes(row_bytes)
-    fixed = TABLE_BYTES.value + num_warps * warp + _BARRIER_BYTES.value
-    # few barriers, but three chunks at least
-    for steps in (4, 2, 1):
-        stages = (_MULTIPROCESSOR_KB // blocks * 1024 - fixed) // (32 * steps * columns)
-        if stages >= 3:
-            stages = min(stages, 4)
-            return steps, stages, -(-(fixed + stages * 32 * steps * columns) // 1024)
+    for staged in (True, False) if stageable else (False,):
+        warp = 2 * 16 * (4 * words + 16) + 8 * columns if staged else buffer_bytes(row_bytes)
+        fixed = TABLE_BYTES.value + num_warps * warp + _BARRIER_BYTES.value
+        # few barriers, but three chunks at least
+        for steps in (4, 2, 1):
+            stages = (_MULTIPROCESSOR_KB // blocks * 1024 - fixed) // (32 * steps * columns)
+            if stages >= 3:
+                stages = min(stages, 4)
+                return steps, stages, staged, -(-(fixed + stages * 32 * steps * columns) // 1024)
     raise ValueError(f"columns must be fewer for {blocks} blocks of {num_warps} warps and tiles of {words} words, got {columns}")
 
 

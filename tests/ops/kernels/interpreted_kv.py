@@ -21,6 +21,7 @@ ATTENTION = [
     ((3.5, 4.0), 128, 128, 1, 1, 4, 2, 48, 48, 4, 8, 24, False, "added", torch.float16, False, AttentionLaunch(1, 1)),
     (5.0, 128, 128, 1, 1, 4, 1, 32, 20, 0, 0, 0, False, False, torch.bfloat16, True, AttentionLaunch(1, 1)),
     (4.0, 256, 256, 1, 1, 2, 1, 40, 40, 4, 20, 0, False, False, torch.bfloat16, False, AttentionLaunch(1, 1)),
+    ((3.0, 2.0), 80, 640, 1, 1, 1, 1, 32, 30, 2, 8, 0, False, True, torch.float16, False, AttentionLaunch(1, 2)),
     (4.0, 128, 128, 1, 1, 4, 2, 64, 3, 4, 16, 0, False, False, torch.bfloat16, False, AttentionLaunch(1, 2)),
 ]
 

@@ -127,8 +127,9 @@ def test_linear_with_a_ring(lattice, bps, columns, tmp_path):
     layout = weight_layout(4096, bps, lattice).tile
     launch = linear_launch(columns, 4096, 8, 132, constants["ROW_BYTES"], True)
     assert launch.ring and launch.columns == columns
-    staged, blocks = stages_tiles(layout), ring_warps(columns) // launch.num_warps
-    steps, stages, kilobytes = ring_shape(columns, launch.num_warps, blocks, layout.words, constants["ROW_BYTES"], staged)
+    blocks = ring_warps(columns) // launch.num_warps
+    shape = ring_shape(columns, launch.num_warps, blocks, layout.words, constants["ROW_BYTES"], stages_tiles(layout))
+    steps, stages, staged, kilobytes = shape
     constants |= {"COLUMNS": columns, "SPLIT": True, "HAS_BIAS": True, "NUM_WARPS": launch.num_warps, "PDL": True, "HAS_RESIDUAL": True}
     constants |= {"SIBLINGS": 2, "STEPS": steps, "STAGES": stages, "STAGED": staged, "SHARED_KB": kilobytes}
     options = {"maxnreg": launch.registers} if launch.registers else {}

@@ -5,7 +5,7 @@ import pytest
 triton = pytest.importorskip("triton")
 
 from hq_inductor.format.kv import kv_layout  # noqa: E402
-from hq_inductor.ops.fused_kv import attention_launch  # noqa: E402
+from hq_inductor.ops.fused_kv import attention_launch, column_period  # noqa: E402
 from hq_inductor.ops.kernels.attention import attention_kernel  # noqa: E402
 from hq_inductor.ops.kernels.kv_encode import encode_kernel  # noqa: E402
 from hq_inductor.ops.kernels.softmax import combine_kernel  # noqa: E402
@@ -25,12 +25,13 @@ ATTENTION_SCALARS = ("max_tokens", "sinks", "window", "sliding_window", "num_pag
         (90, 2.0, 128, True, False),
         (90, 4.0, 256, False, False),
         (100, 3.0, 64, False, False),
+        (90, 4.0, 96, False, False),
         (100, 2.0, 128, True, True),
     ],
 )
 def test_attention(capability, bps, head_dim, two_codes, paged, tmp_path):
     layout = kv_layout(head_dim, bps).tile
-    launch = attention_launch(8, 32768, 132, layout, layout)
+    launch = attention_launch(8, 32768, 132, layout, layout, head_dim)
     assert launch.splits > 1
     constants = {
         "TILE": layout.tile,
@@ -38,6 +39,7 @@ def test_attention(capability, bps, head_dim, two_codes, paged, tmp_path):
         "WALL_UNIT": layout.wall_unit,
         "HEAD_DIM": head_dim,
         "JOIN": layout.tile // head_dim,
+        "PERIOD": column_period(layout.tile, head_dim),
         "HAS_START": False,
         "HAS_MASK": True,
         "OWN_LENGTHS": paged,
@@ -85,7 +87,7 @@ def test_attention(capability, bps, head_dim, two_codes, paged, tmp_path):
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_combine(capability, tmp_path):
-    constants = {"TILE": 128, "HEAD_DIM": 128, "JOIN": 1, "STEP": 64, "PDL": capability >= 90}
+    constants = {"PERIOD": 128, "WIDTH": 128, "HEAD_DIM": 128, "JOIN": 1, "STEP": 64, "PDL": capability >= 90}
     pointers = {"partial_ptr": "*fp32", "state_ptr": "*fp32", "out_ptr": "*bf16"}
     sizes = ("queries", "group", "heads", "kv_heads", "splits", "column_blocks")
     sass, _, _ = compile_ahead(combine_kernel, {**pointers, **dict.fromkeys(sizes, "i32")}, constants, capability, 4, tmp_path)
