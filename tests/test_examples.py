@@ -1,5 +1,6 @@
 """Every example as a user runs it, in a process of its own."""
 
+import os
 import re
 import subprocess
 import sys
@@ -24,6 +25,16 @@ def test_transformers_checkpoint():
     assert int(re.search(r"headers +([\d,]+) bytes", out)[1].replace(",", "")) < 60_000
 
 
+def test_command_line():
+    pytest.importorskip("transformers", minversion="5")
+    pytest.importorskip("tqdm")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    result = subprocess.run(["bash", EXAMPLES / "command_line.sh"], capture_output=True, text=True, env={**os.environ, "PATH": path})
+    assert result.returncode == 0, result.stderr
+    assert "37 packed weights, 10,764,288 values, 4,036,608 bytes = 3.0000 bits/weight, SNR 16." in result.stdout
+    assert re.search(r"largest: .*weight \[\d+, \d+\] 221,184 bytes", result.stdout)
+
+
 def test_lora():
     pytest.importorskip("peft")
     out = run("lora.py", "--classes", "3")
@@ -34,7 +45,7 @@ def test_qat():
     pytest.importorskip("transformers", minversion="5")
     out = run("qat.py", "--bps", "2", "--steps", "60", "--finetune", "25")
     assert "at 2.000 bits per weight" in out
-    # a shortened run at a low rate, where the differences are large; the default run recovers 78 % at 3 bits
+    # a shortened run at a low rate, where the differences are large; the default run recovers 98 % at 3 bits, 56 and 77 on other texts
     assert int(re.search(r"recovered +(-?\d+)%", out)[1]) >= 20
 
 

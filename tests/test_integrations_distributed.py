@@ -22,8 +22,8 @@ TENSOR_PARALLEL = (
     "check_tensor_parallel_of_packed_layers",
     "check_styles_leave_float_layers_to_torch",
     "check_quantizing_sharded_weights",
-    "check_torchao_tensor_parallel_test_case",
 )
+TORCHAO = ("check_torchao_tensor_parallel_test_case",)
 FSDP2 = (
     "check_fsdp2_of_packed_layers",
     "check_fsdp2_of_subclass_parameters",
@@ -34,11 +34,16 @@ FSDP2 = (
 
 @pytest.mark.parametrize(
     ("ranks", "names"),
-    [(2, FSDP2 + TENSOR_PARALLEL), (4, TENSOR_PARALLEL + ("check_uneven_shards_are_refused",))],
+    [(2, FSDP2 + TENSOR_PARALLEL + TORCHAO), (4, TENSOR_PARALLEL + ("check_uneven_shards_are_refused",))],
     ids=["2 processes", "4 processes"],
 )
 def test_distributed(tmp_path, ranks, names):
-    assert {name for name in vars(checks) if name.startswith("check_")} == {*TENSOR_PARALLEL, *FSDP2, "check_uneven_shards_are_refused"}
+    assert {name for name in vars(checks) if name.startswith("check_")} == {
+        *TENSOR_PARALLEL,
+        *TORCHAO,
+        *FSDP2,
+        "check_uneven_shards_are_refused",
+    }
     mp.spawn(checks.run, (ranks, str(tmp_path / "store"), names), nprocs=ranks)
 
 

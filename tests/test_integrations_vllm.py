@@ -11,10 +11,11 @@ pytest.importorskip("transformers", minversion="5")
 # looked up, not imported: importing vLLM changes settings of the whole process
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM")
 
+from torchao.quantization import FqnToConfig  # noqa: E402
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TorchAoConfig  # noqa: E402
 
 from hq_inductor import hyperquant_weight  # noqa: E402
-from hq_inductor.integrations.vllm import register  # noqa: E402
+from hq_inductor.integrations.transformers import HyperQuantConfig  # noqa: E402
 
 PROMPT, NEW_TOKENS = list(range(10, 26)), 12
 
@@ -63,6 +64,48 @@ with set_current_vllm_config(VllmConfig()), torch.inference_mode():
 print("loaded", sorted(loaded), type(layers["qkv"].weight).__name__)
 """
 
+REFUSALS = """
+import json, sys
+import torch
+from torch import nn
+from torchao.quantization import FqnToConfig
+from hq_inductor import hyperquant_weight
+from hq_inductor.integrations.vllm import register
+register()
+from vllm.model_executor.layers.linear import ReplicatedLinear
+from vllm.model_executor.layers.quantization import get_quantization_config
+from hq_inductor.integrations.vllm_linear import HyperQuantLinearMethod, HyperQuantVllmConfig
+
+assert get_quantization_config("hyperquant") is HyperQuantVllmConfig
+layer = ReplicatedLinear.__new__(ReplicatedLinear)
+nn.Module.__init__(layer)
+layer.input_size = 512
+
+def refused(function, message):
+    try:
+        function()
+    except (ValueError, NotImplementedError) as error:
+        assert message in str(error), error
+    else:
+        raise AssertionError(message)
+
+config = HyperQuantVllmConfig.from_config(json.load(open(f"{sys.argv[1]}/config.json"))["quantization_config"])
+refused(lambda: config.get_quant_method(layer, "model.layers.0.mlp.down_proj"), "are read from files")
+config.maybe_update_config(sys.argv[1])
+assert sorted({stored.bps for stored in config.layers.values()}) == [4, 5]
+config.packed_modules_mapping = {"mixed": ["up_proj", "down_proj"], "kept": ["o_proj"]}
+refused(lambda: config.get_quant_method(layer, "model.layers.0.mlp.mixed"), "must be stored alike to be merged")
+assert not isinstance(config.get_quant_method(layer, "model.layers.0.self_attn.kept"), HyperQuantLinearMethod)
+
+method = config.get_quant_method(layer, "model.layers.0.mlp.down_proj")
+refused(lambda: method.create_weights(layer, 256, [64], 512, 64, torch.float32), "must divide among ranks in tiles of 512")
+method.create_weights(layer, 512, [64], 512, 64, torch.float32)
+scale = layer._weight_act_pre_scale
+scale.weight_loader(scale, torch.full((512,), 2.0))
+refused(lambda: scale.weight_loader(scale, torch.ones(512)), "act_pre_scale must be the same")
+print("refused")
+"""
+
 ENGINE = f"""
 import os, sys
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -81,17 +124,25 @@ if __name__ == "__main__":
 """
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+# what vLLM quantizes empty memory for, and what it makes room for as for any integers, by layer and with column scales
+CONFIGS = {
+    "torchao": TorchAoConfig(hyperquant_weight(bps=4, check_values=False)),
+    "hyperquant": HyperQuantConfig(
+        quant_type=FqnToConfig({"re:.*down_proj": hyperquant_weight(bps=5, balance_columns=True), "re:.*_proj": hyperquant_weight(bps=4)}),
+        modules_to_not_convert=[".*o_proj", "lm_head"],
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def checkpoint(request, tmp_path_factory):
     """A directory for vLLM and what transformers generates from it."""
-    register()
     torch.manual_seed(0)
     sizes = {"vocab_size": 256, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None}
     floating, packed = (tmp_path_factory.mktemp(name) for name in ("float", "packed"))
     LlamaForCausalLM(LlamaConfig(**sizes, **heads)).save_pretrained(floating)
-    config = TorchAoConfig(hyperquant_weight(bps=4, check_values=False))
-    model = AutoModelForCausalLM.from_pretrained(floating, quantization_config=config)
+    model = AutoModelForCausalLM.from_pretrained(floating, quantization_config=CONFIGS[request.param])
     model.save_pretrained(packed)
     tokens = model.generate(torch.tensor([PROMPT]), max_new_tokens=NEW_TOKENS, do_sample=False)
     return packed, tokens[0, len(PROMPT) :].tolist()
@@ -105,6 +156,7 @@ def run(script, *arguments):
     return result.stdout
 
 
+@pytest.mark.parametrize("checkpoint", ["torchao"], indirect=True)
 def test_layers(checkpoint, tmp_path):
     """vLLM's reader of safetensors files, its weight loaders and its linear layers, with one rank."""
     script = tmp_path / "layers.py"
@@ -118,3 +170,10 @@ def test_engine(checkpoint, tmp_path):
     out = run(script, checkpoint[0])
     (line,) = [line for line in out.splitlines() if line.startswith("tokens")]
     assert [int(token) for token in line.split()[1:]] == checkpoint[1]
+
+
+@pytest.mark.parametrize("checkpoint", ["hyperquant"], indirect=True)
+def test_refusals(checkpoint, tmp_path):
+    script = tmp_path / "refusals.py"
+    script.write_text(REFUSALS)
+    assert "refused" in run(script, checkpoint[0])

@@ -160,7 +160,7 @@ def _layer_configs(model: PreTrainedModel, quantizer: HyperQuantHfQuantizer) -> 
 
 
 def _config_of(quant_type: AOBaseConfig, parameter: str) -> AOBaseConfig | None:
-    """torchao's rule: exact names, of the parameter first, then patterns in their order, then the default."""
+    """The config of one parameter: exact names, the parameter's before its module's, then patterns in their order, then the default."""
     if not isinstance(quant_type, FqnToConfig):
         return quant_type
     table, names = quant_type.fqn_to_config, (parameter, parameter.rpartition(".")[0])
