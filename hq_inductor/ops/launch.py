@@ -15,7 +15,7 @@ RING_BATCH = 256
 LIBRARY_BATCH = 2048
 # batch columns per block, and the most registers per thread, for two blocks of 8 warps on a multiprocessor
 REGISTERS = {8: 128, 16: 128, 32: 128}
-# the same with a ring; with 0 the compiler takes about 180 and 230, of which 8 warps have place
+# the same with a ring; left alone the compiler takes 180 and 230, which a multiprocessor has for 8 warps
 RING_REGISTERS = {64: 128, 96: 0, 128: 0}
 # three of them
 TIGHT_REGISTERS = 80

@@ -6,6 +6,9 @@ Storage.     Activations as `hq_inductor.ops.kernels.activations` writes them.
 Work.        A warp owns 16 rows of the weight, and decodes two vectors at a time, one of row r and one of row r + 8: together the A operand
              of one `mma.m16n8k32`, which every 8 columns of the batch then use. While it decodes a tile, the stream plane of the next one
              is on its way to shared memory, and the raw words of the next group to registers.
+Ring.        On sm_90, for more than 32 columns: activations come through shared memory once per block, and four warps multiply together
+             while they decode what comes next (`hq_inductor.ops.kernels.warpgroup`). Whole tiles and the scales of activations then come
+             through shared memory too where there is room: so much of it leaves the L1 none for loads on their way.
 """
 
 from __future__ import annotations
@@ -235,7 +238,7 @@ def linear_block(
     if STAGES > 0:
         x_ptr += (tl.program_id(2) * tiles + first_tile).to(tl.int64) * (TILE * COLUMNS)
         chunks = (last_tile - first_tile) * (TILE // (32 * STEPS))
-        place = (0, 0, 0, 0, 0, 0, 0)
+        place = (0, 0, 0, 0, 0, 0, 0)  # as `next_products` has it
         source = (x_ptr, slots, barriers, chunks, thread, lane)
         if STAGED:
             stage_scales(act_scale_ptr + first_tile * M_PAD + m0, lane, scales, COLUMNS)
