@@ -16,8 +16,6 @@ REGISTERS, SHARED_KB = 65536, 228
 LAYOUTS = [
     weight_layout(features, bps, lattice).tile for features in (896, 4096) for lattice in LATTICES for bps in (2.0, 3.0, 4.0, 5.0, 6.0)
 ]
-    weight_layout(features, bps, lattice).tile for features in (896, 4096) for lattice in LATTICES for bps in (2.0, 3.0, 4.0, 5.0, 6.0)
-]
 
 
 @pytest.mark.parametrize("rows", [200, 4096, 28672])
