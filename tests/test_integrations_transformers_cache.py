@@ -8,6 +8,7 @@ import torch.nn.functional as F
 pytest.importorskip("transformers", minversion="5")
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, StaticCache
 
+from hq_inductor import passes
 from hq_inductor.integrations import transformers_cache
 from hq_inductor.integrations.transformers_cache import HyperQuantCache, StoredStates
 
@@ -119,9 +120,12 @@ def test_compiled_generate_is_eager_generate(batch, padded):
         graphs.append(graph)
         return graph
 
+    passes.reset_report()
     eager = generate(model, inputs, coded(model))
     compiled = generate(model, inputs, coded(model), compile_config=compile_config(backend))
     assert torch.equal(eager, compiled)
+    # of two layers, traced once
+    assert passes.report().made["cached_attention"] == 2 and not passes.report().left
     names = [str(node.target) for node in graphs[0].graph.nodes]
     assert len(graphs) == 1
     # per layer: keys and values stored at once, one attention, and nothing decodes the cache
@@ -248,6 +252,29 @@ def test_other_uses_decode_and_say_so(caplog):
     packed = query.reshape(2, 2, 2, 64)
     assert torch.allclose(F.scaled_dot_product_attention(packed, keys, values, mask).reshape(2, 4, 1, 64), expected, atol=1e-5)
     assert not caplog.records
+
+
+def test_graphs_that_decode_say_so_in_the_report():
+    model, inputs = tiny(), prompts(2, False)
+    cache = coded(model)
+    with torch.inference_mode():
+        model(inputs["input_ids"], past_key_values=cache)
+    k, query = torch.randn(2, 2, 1, 64), torch.randn(2, 4, 1, 64)
+
+    def attend(query, k):
+        keys, values = cache.layers[0].update(k, k)
+        return F.scaled_dot_product_attention(query, values, keys, enable_gqa=True) + F.scaled_dot_product_attention(
+            query, keys, values, dropout_p=0.5, enable_gqa=True
+        )
+
+    passes.reset_report()
+    with torch.no_grad():
+        torch.compile(attend, backend="eager")(query, k)
+    assert passes.report().left == {
+        ("cached_attention", "keys and values are not of one layer"): 1,
+        ("cached_attention", "dropout_p=0.5 and is_causal=False"): 1,
+    }
+    assert not passes.report().made
 
 
 def test_errors():

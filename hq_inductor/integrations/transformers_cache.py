@@ -3,7 +3,7 @@
 The first tokens (prefill) attend to each other exactly, as they come; their keys and values are coded on the way. From then on
 `update` returns `StoredStates`: tensors without data that say which cache they stand for. They pass through `repeat_kv`, and
 `scaled_dot_product_attention` of them is `hyperquant::kv_attention`. Any other use of them, and attention of a form that is not
-recognised, decodes the whole cache, stays correct, and logs why.
+recognised, decodes the whole cache, stays correct, and says why: in the log, or of compiled graphs in `hq_inductor.passes.report()`.
 
 All shapes are static and lengths live on the device, so `generate` compiles the decoding step as with transformers' `StaticCache`.
 """
@@ -11,6 +11,7 @@ All shapes are static and lengths live on the device, so `generate` compiles the
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable
 
 import torch
@@ -19,15 +20,31 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer, get_layer_types_and_kwargs
 
 from ..cache import TOKEN_BLOCK, KVConfig, QuantizedKV
+from ..passes.report import PassReport, add_to_report
 
 _logger = logging.getLogger(__name__)
 _logged: set[str] = set()
 
 
-def _log_once(reason: str) -> None:
-    if not torch.compiler.is_compiling() and reason not in _logged:
+def _note(reason: str | None) -> None:
+    """Say that attention reads the coded cache, or why it does not: of a compiled graph in `passes.report()`, else once in the log."""
+    if torch.compiler.is_compiling():
+        _count_in_report(reason)
+    elif reason is not None and reason not in _logged:
         _logged.add(reason)
         _logger.warning("HyperQuantCache decodes all its tokens: %s", reason)
+
+
+def _count_in_report(reason: str | None) -> int:
+    if reason is None:
+        add_to_report(PassReport(made=Counter({"cached_attention": 1})))
+    else:
+        add_to_report(PassReport(left=Counter({("cached_attention", reason): 1})))
+    return 0
+
+
+# what `torch.compiler.assume_constant_result` does, which would import Dynamo: it calls the function when it traces, and not again
+_count_in_report._dynamo_marked_constant = True
 
 
 # what can be asked of a tensor without reading it
@@ -76,7 +93,7 @@ class StoredStates(torch.Tensor):
         repeated = _repeated(func, args, kwargs)
         if repeated is not None:
             return repeated
-        _log_once(f"{getattr(func, '__name__', func)} reads keys or values")
+        _note(f"{getattr(func, '__name__', func)} reads keys or values")
         args, kwargs = torch.utils._pytree.tree_map_only(StoredStates, StoredStates.dense, (tuple(args), kwargs))
         return func(*args, **kwargs)
 
@@ -122,8 +139,8 @@ def _reason(query, key, value, dropout_p: float, is_causal: bool) -> str | None:
 def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
     """`scaled_dot_product_attention` of one new token per row with what is stored."""
     reason = _reason(query, key, value, dropout_p, is_causal)
+    _note(reason)
     if reason is not None:
-        _log_once(reason)
         key, value = (x.dense() if isinstance(x, StoredStates) else x for x in (key, value))
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
