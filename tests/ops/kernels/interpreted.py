@@ -32,7 +32,7 @@ CASES = [
     ("d4", 4.0, 20, 256, 128, 2, LinearLaunch(8, 2, 1)),
     ("a2", 3.0, 20, 384, None, 2, LinearLaunch(8, 1, 1)),
     ("z", 3.0, 20, 256, None, 2, LinearLaunch(8, 1, 1)),
-    ("e8", 4.0, 70, 512, 128, 3, LinearLaunch(8, 2, 4, ring=True)),
+    ("e8", 4.0, 20, 256, 128, 3, LinearLaunch(8, 2, 4, ring=True)),
     ("e8", 3.5, 20, 256, None, 18, LinearLaunch(16, 1, 4, ring=True)),
     ("d4", 3.0, 20, 256, 128, 2, LinearLaunch(8, 1, 4, ring=True)),
 ]
