@@ -172,6 +172,7 @@ def test_refuses_and_leaves_the_model_alone(batches):
 
 def test_command_line(source, tmp_path, capsys):
     text, target = source / "text.txt", tmp_path / "packed"
+    transformers.utils.logging.enable_progress_bar()  # examples, which other tests run in this process, switch it off
     arguments = ["quantize", str(source), str(target), "--bps", "3", "--calibrate", str(text), "--calibrate-tokens", "1024", "--json"]
     assert cli.main(arguments) == 0
     captured = capsys.readouterr()
