@@ -13,8 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-# tokens that kernels read at a time
-_SMALLEST_PAGE = 16
+from ..ops.paging import STEP_TOKENS
 
 
 class PageTable:
@@ -38,8 +37,8 @@ class PageTable:
         for name, number in (("batch", batch), ("num_pages", num_pages), ("max_tokens", max_tokens)):
             if number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}")
-        if page_size < _SMALLEST_PAGE or page_size & (page_size - 1):
-            raise ValueError(f"page_size must be a power of two of at least {_SMALLEST_PAGE}, got {page_size}")
+        if page_size < STEP_TOKENS or page_size & (page_size - 1):
+            raise ValueError(f"page_size must be a power of two of at least {STEP_TOKENS}, got {page_size}")
         self.num_pages, self.page_size = num_pages, page_size
         self.max_pages = -(-max_tokens // page_size)
         with torch.inference_mode(False):

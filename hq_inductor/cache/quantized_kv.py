@@ -21,11 +21,12 @@ from ..format.kv import KVLayout, exact_index, kv_layout, unbiased_gain
 from ..format.rotation import role_seed, rotation_matrix
 from ..ops.attention import merge_exact
 from ..ops.kv import write_rows
+from ..ops.paging import STEP_TOKENS
 from .config import KVConfig
 from .functional import kv_attention, kv_encode_pair, rotate
 
-# kernels read slots of this many tokens at a time
-TOKEN_BLOCK = 16
+# caches hold a multiple of this many tokens
+TOKEN_BLOCK = STEP_TOKENS
 # fewer tokens than this say little about the mean of all
 MIN_CENTER_TOKENS = 16
 

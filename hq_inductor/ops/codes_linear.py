@@ -9,20 +9,14 @@ Choice.      On CUDA, codes go to the int8 tensor cores (`mma="int8"`, and `"aut
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 
 from ..format.codes import CodesLayout, check_packing, codes_layout, coefficients
-from ..format.hadamard import hadamard_block, hadamard_ref
 from ..format.mma import fp8_rows, int8_tiles
 from .launch import fp8_products
-from .linear import check_activations, rotate_activations, rows_of
+from .linear import WeightBlocks, check_activations, input_gradient, rotate_activations, row_blocks, rows_of, wide_dtype
 from .registry import LIBRARY, NAMESPACE, register, traced
-
-# rows are dequantized in blocks of about this many weights
-_BLOCK_WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 
 def check_stored(qdata: torch.Tensor, scale: torch.Tensor, lattice: str) -> CodesLayout:
@@ -48,11 +42,8 @@ def _check(x, qdata, scale, act_pre_scale, lattice: str, mma: str, in_features: 
     return layout
 
 
-def _weight_blocks(qdata: torch.Tensor, scale: torch.Tensor, lattice: str, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
-    """(row slice, rotated weight `[rows, columns]`) block by block."""
-    step = max(1, _BLOCK_WEIGHTS[qdata.device.type] // max(1, qdata[:1].numel()))
-    for begin in range(0, qdata.shape[0], step):
-        block = slice(begin, begin + step)
+def _weight_blocks(qdata: torch.Tensor, scale: torch.Tensor, lattice: str, dtype: torch.dtype) -> WeightBlocks:
+    for block in row_blocks(qdata, qdata.shape[1] * qdata.shape[2]):
         yield block, coefficients(qdata[block], scale[block], lattice, dtype)
 
 
@@ -141,14 +132,8 @@ def _codes_linear_backward(
     in_features: int,
 ) -> torch.Tensor:
     layout = check_stored(qdata, scale, lattice)
-    flat = grad.reshape(-1, qdata.shape[0]).to(torch.promote_types(grad.dtype, torch.float32))
-    rotated = flat.new_zeros((flat.shape[0], qdata.shape[1] * layout.tile))
-    for block, weight in _weight_blocks(qdata, scale, lattice, flat.dtype):
-        rotated.addmm_(flat[:, block], weight)
-    out = hadamard_ref(rotated, hadamard_block(layout.tile), seed, inverse=True)[:, :in_features]
-    if act_pre_scale is not None:
-        out = out * act_pre_scale
-    return out.to(grad.dtype).reshape(*grad.shape[:-1], in_features).contiguous()
+    blocks = _weight_blocks(qdata, scale, lattice, wide_dtype(grad))
+    return input_gradient(grad, blocks, act_pre_scale, layout, qdata.shape[1] * layout.tile, seed, in_features)
 
 
 def _codes_linear_backward_fake(grad, qdata, scale, act_pre_scale, lattice, seed, in_features):

@@ -18,14 +18,14 @@ from ..format.rounding import class_bits
 from . import ahead
 from .kernels.attention import attention_kernel
 from .kernels.kv_encode import encode_kernel
+from .kernels.shared import SHARED_BYTES
 from .kernels.slots import buffer_bytes
 from .kernels.softmax import combine_kernel
 from .launch import MMA_COLUMNS, dependent_launch, multiprocessors
-from .paging import cache_shape
+from .paging import STEP_TOKENS, cache_shape
 
 # bytes of shared memory for slots: what the tables leave of a kernel's static share
 _BUFFERS_BYTES = 16384
-_SHARED_BYTES = 49152
 # coordinates of a slot whose queries and sums fit in registers
 MAX_PERIOD = 256
 # queries beyond this many blocks of columns are better served by decoding once
@@ -33,8 +33,6 @@ MAX_COLUMN_BLOCKS = 4
 # of a multiprocessor: programs that its shared memory has room for, and registers
 _MOST_BLOCKS, _REGISTERS = 4, 65536
 _MASKS = (torch.bool, torch.float16, torch.bfloat16, torch.float32)
-# tokens that a warp takes at a time; they lie in one page
-STEP_TOKENS = 16
 # microseconds that a program takes per token and once (measured, H200, 4 bps, 2026-11-24), and a combining kernel adds; they only weigh
 # programs that would wait for a second wave against programs that stay idle
 _PER_TOKEN, _PER_PROGRAM, _COMBINE = 0.023, 3.0, 2.0
@@ -64,7 +62,7 @@ def column_period(tile: int, head_dim: int) -> int:
 def _warps(k_layout: TileLayout, v_layout: TileLayout, head_dim: int) -> int:
     """Most warps per program whose buffers, and whose sums, fit in shared memory; 0 if none do."""
     per_warp, period = buffer_bytes(k_layout.words) + buffer_bytes(v_layout.words), column_period(k_layout.tile, head_dim)
-    return next((n for n in (8, 4, 2, 1) if n * per_warp <= _BUFFERS_BYTES and n * (32 * period + 64) <= _SHARED_BYTES), 0)
+    return next((n for n in (8, 4, 2, 1) if n * per_warp <= _BUFFERS_BYTES and n * (32 * period + 64) <= SHARED_BYTES.value), 0)
 
 
 @functools.lru_cache(maxsize=1024)

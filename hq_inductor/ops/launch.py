@@ -85,6 +85,7 @@ def warpgroup_products(device: torch.device) -> bool:
     return _hopper_or_newer(device)
 
 
+@functools.lru_cache(maxsize=32)
 def ring_products(device: torch.device) -> bool:
     """Whether groups of four warps multiply codes from registers with activations from shared memory (`wgmma`, sm_90 alone)."""
     return _hopper_or_newer(device) and torch.cuda.get_device_capability(device)[0] == 9

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import torch
 
+# tokens that kernels read at a time; they lie in one page
+STEP_TOKENS = 16
+
 
 def check_page_table(page_table: torch.Tensor, words: torch.Tensor) -> None:
     """Raise `TypeError` or `ValueError` unless `page_table` is int32 `[B, max_pages]` and `words` a pool with pages."""

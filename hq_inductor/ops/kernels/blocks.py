@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .bits import INTERPRETED
 from .memory import load_16, load_16_float, load_global, store_16, store_global
-from .shared import commit_copies, copy_async_4, copy_async_8, copy_async_16, load_shared_16
+from .shared import commit_copies, copy_async, load_shared_16
 
 if INTERPRETED:
 
@@ -67,12 +67,12 @@ def stage_stream(
             row = tl.minimum(index // CHUNKS, 15)
             offset = 8 * (index % CHUNKS)
             source = words_ptr + tile_offset(strip, row, t, N, tiles, WORDS) + (RAW + offset // 4)
-            copy_async_8(address + row * (ROW_BYTES + 8) + offset, source)
+            copy_async(address + row * (ROW_BYTES + 8) + offset, source, 8)
     else:
         word = tl.minimum(lane, STREAM - 1)
         for row in tl.static_range(0, 16):
             source = words_ptr + tile_offset(strip, row, t, N, tiles, WORDS) + (RAW + word)
-            copy_async_4(address + row * (ROW_BYTES + 8) + 4 * word, source)
+            copy_async(address + row * (ROW_BYTES + 8) + 4 * word, source, 4)
     commit_copies(lane)
 
 
@@ -85,7 +85,7 @@ def stage_tiles(words_ptr, strip, t, N, tiles, lane, address, WORDS: tl.constexp
         # past the last row: the same bytes again
         row = tl.minimum(index // CHUNKS, 15)
         chunk = index % CHUNKS
-        copy_async_16(address + row * STRIDE + 16 * chunk, words_ptr + tile_offset(strip, row, t, N, tiles, WORDS) + 4 * chunk)
+        copy_async(address + row * STRIDE + 16 * chunk, words_ptr + tile_offset(strip, row, t, N, tiles, WORDS) + 4 * chunk, 16)
 
 
 @triton.jit
@@ -94,7 +94,7 @@ def stage_scales(column_ptr, lane, address, COLUMNS: tl.constexpr):
     for step in tl.static_range(0, (COLUMNS + 127) // 128):
         # past the last column: the last ones again
         place = tl.minimum(4 * (step * 32 + lane), COLUMNS - 4)
-        copy_async_16(address + 4 * place, column_ptr + place)
+        copy_async(address + 4 * place, column_ptr + place, 16)
 
 
 @triton.jit

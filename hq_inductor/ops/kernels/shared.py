@@ -80,18 +80,9 @@ if INTERPRETED:
         tl.store(address.to(tl.pointer_type(tl.int32)), value)
 
     @triton.jit
-    def copy_async_16(address, pointer):
-        for i in tl.static_range(4):
+    def copy_async(address, pointer, BYTES: tl.constexpr):
+        for i in tl.static_range(BYTES // 4):
             store_shared(address + 4 * i, tl.load(pointer + i))
-
-    @triton.jit
-    def copy_async_8(address, pointer):
-        for i in tl.static_range(2):
-            store_shared(address + 4 * i, tl.load(pointer + i))
-
-    @triton.jit
-    def copy_async_4(address, pointer):
-        store_shared(address, tl.load(pointer))
 
     @triton.jit
     def commit_copies(thread):
@@ -136,41 +127,15 @@ else:
         """One int32 word per thread."""
         tl.inline_asm_elementwise("st.shared.b32 [$1], $2; mov.u32 $0, $1;", "=r,r,r", [address, value], tl.int32, is_pure=False, pack=1)
 
-    @triton.jit
-    def copy_async_16(address, pointer):
-        """Start to copy 16 bytes from global `pointer` (16-byte aligned) to shared `address`."""
-        tl.inline_asm_elementwise(
-            "cp.async.cg.shared.global [$1], [$2], 16; mov.u32 $0, $1;",
-            "=r,r,l",
-            [address, pointer.to(tl.int64)],
-            tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+    @triton.constexpr_function
+    def _copy_asm(size):
+        # only pieces of 16 bytes can pass the L1 by
+        return f"cp.async.{'cg' if size == 16 else 'ca'}.shared.global [$1], [$2], {size}; mov.u32 $0, $1;"
 
     @triton.jit
-    def copy_async_8(address, pointer):
-        """Start to copy 8 bytes from global `pointer` (8-byte aligned) to shared `address`."""
-        tl.inline_asm_elementwise(
-            "cp.async.ca.shared.global [$1], [$2], 8; mov.u32 $0, $1;",
-            "=r,r,l",
-            [address, pointer.to(tl.int64)],
-            tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-    @triton.jit
-    def copy_async_4(address, pointer):
-        """Start to copy 4 bytes from global `pointer` to shared `address`."""
-        tl.inline_asm_elementwise(
-            "cp.async.ca.shared.global [$1], [$2], 4; mov.u32 $0, $1;",
-            "=r,r,l",
-            [address, pointer.to(tl.int64)],
-            tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+    def copy_async(address, pointer, BYTES: tl.constexpr):
+        """Start to copy 4, 8 or 16 bytes, aligned to as many, from global `pointer` to shared `address`."""
+        tl.inline_asm_elementwise(_copy_asm(BYTES), "=r,r,l", [address, pointer.to(tl.int64)], tl.int32, is_pure=False, pack=1)
 
     @triton.jit
     def commit_copies(thread):
@@ -196,7 +161,7 @@ else:
 def _load_words(pointer, address, thread, COUNT: tl.constexpr, NUM_WARPS: tl.constexpr):
     for step in tl.static_range(0, COUNT // (4 * 32 * NUM_WARPS)):
         index = (step * 32 * NUM_WARPS + thread) * 4
-        copy_async_16(address + index * 4, pointer + index)
+        copy_async(address + index * 4, pointer + index, 16)
 
 
 @triton.jit

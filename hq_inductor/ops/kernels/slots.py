@@ -18,7 +18,7 @@ import triton.language as tl
 
 from .bits import INTERPRETED, funnel_left, reverse_bits, rotate_left, shift_right
 from .memory import load_global
-from .shared import commit_copies, copy_async_16, load_shared
+from .shared import commit_copies, copy_async, load_shared
 from .tile import read_header
 
 
@@ -44,7 +44,7 @@ def stage_slots(head_ptr, step, pieces, lane, address, WORDS: tl.constexpr, RAW:
             place = tl.where(column * 4 < RAW, raw_place, stream_place)
         else:
             place = piece * 16
-        copy_async_16(address + place, head_ptr + 4 * tl.minimum(step * PIECES + piece, pieces - 1))
+        copy_async(address + place, head_ptr + 4 * tl.minimum(step * PIECES + piece, pieces - 1), 16)
     commit_copies(lane)
 
 

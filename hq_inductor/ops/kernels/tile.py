@@ -8,8 +8,8 @@ come to bits 2 to 13, a byte offset into the table; rotated on by the length of 
 window's first bit in storage order. Where the stream plane has a copy in shared memory, positions count from the start of that, and none
 is checked: a lane moves less than 32 bits per vector whatever the words hold, so it stays within `OVERRUN` bytes of the plane.
 
-Cost.  With all that the linear kernel adds, 43 instructions per vector, 28 of them on the integer pipe (E8, k = 3, sm_90, by ncu, before
-       signs were spread by products: in the SASS these take 1 and 1.5 away), and two dependent table look-ups.
+Cost.  With all that the linear kernel adds, 37 instructions per vector, 24 of them on the integer pipe, and two dependent table look-ups
+       (E8, k = 3, 8 columns, sm_90, Triton 3.6, counted in the SASS of the loop over tiles).
 """
 
 from __future__ import annotations
