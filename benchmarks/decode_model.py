@@ -24,7 +24,7 @@ import argparse
 import gc
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -91,10 +91,10 @@ def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
     return {f"model.{name}": module for name, module in model.model.named_modules() if isinstance(module, nn.Linear)}
 
 
-def quantize_ours(model: nn.Module, bps: float) -> None:
+def quantize_ours(linears: Iterable[nn.Linear], bps: float) -> None:
     """Random weights at a rate: rows repeat after 1024, each layer's words are a roll of the same ones in memory of their own."""
     made: dict[tuple[int, int], HyperQuantTensor] = {}
-    for index, linear in enumerate(decoder_linears(model).values()):
+    for index, linear in enumerate(linears):
         rows, _ = shape = linear.out_features, linear.in_features
         if shape not in made:
             part = linear.weight.detach()[:1024]
@@ -119,7 +119,7 @@ def make_model(config: LlamaConfig, weights: str, device: torch.device) -> nn.Mo
     if weights == "int4wo":
         quantize_int4(model)
     elif weights != "bf16":
-        quantize_ours(model, float(weights))
+        quantize_ours(decoder_linears(model).values(), float(weights))
     return model
 
 
