@@ -23,7 +23,7 @@ from .launch import (
     WARP_ROWS,
     LinearLaunch,
     MatmulLaunch,
-    decode_parts,
+    decode_blocks,
     decode_warps,
     dependent_launch,
     linear_launch,
@@ -325,10 +325,13 @@ def int8_linear(
     out = torch.empty((batch, rows), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    columns, splits = launch.columns, launch.splits
+    columns = launch.columns
     padded = -(-batch // columns) * columns
-    grid = (sum(-(-n // (WARP_ROWS * launch.num_warps)) for n in counts), splits, padded // columns)
-    counters = grid[0] * launch.num_warps * grid[2] if splits > 1 else 0
+    panels = sum(-(-n // (WARP_ROWS * launch.num_warps)) for n in counts)
+    grid = (min(launch.blocks, panels * tiles), padded // columns)
+    # a panel whose tiles are dealt to more than one block has its sums in parts
+    split = panels % grid[0] != 0
+    counters = panels * launch.num_warps * grid[1] if split else 0
     ring = columns if launch.ring else 0
     shape = {"STEPS": 1, "STAGES": 0}
     if ring:
@@ -343,7 +346,9 @@ def int8_linear(
     else:
         (q, scale), zeros = rotated, torch.zeros(counters, dtype=torch.int32, device=x.device)
     pdl = dependent_launch(x.device)
-    partial = torch.empty((splits, counters, 2 * columns * 8), dtype=torch.float32, device=x.device) if splits > 1 else scale
+    partial = scale
+    if split:
+        partial = torch.empty((grid[0] * grid[1], 2, launch.num_warps, WARP_ROWS * columns), dtype=torch.float32, device=x.device)
     has_bias = biases[0] is not None
     if has_bias and len({b.dtype for b in biases}) > 1:
         biases = [b.float() for b in biases]
@@ -382,7 +387,7 @@ def int8_linear(
         ALIGNED=_aligned(layout),
         ROW_BYTES=stream_bytes,
         COLUMNS=columns,
-        SPLIT=splits > 1,
+        SPLIT=split,
         HAS_BIAS=has_bias,
         HAS_RESIDUAL=residual is not None,
         SIBLINGS=len(counts),
@@ -440,7 +445,7 @@ def decode(
     dtype: torch.dtype,
     row_scale: bool = False,
     out: torch.Tensor | None = None,
-    parts: int | None = None,
+    blocks: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Decode a weight.
 
@@ -449,7 +454,7 @@ def decode(
         dtype: int8 for codes; or of the rotated weight: fp32, bf16, fp16 or float8_e4m3fn.
         row_scale: divide each row by a scale that brings what its tiles can hold into the range of e4m3.
         out: where to write it, contiguous, or None.
-        parts: blocks that share the tiles of a row; None chooses.
+        blocks: thread blocks that the tiles of all rows are dealt to; None chooses.
 
     Returns:
         `[N, tiles * tile]`, and for codes the scales `[N, tiles]`, for `row_scale` the scales `[N]`, fp32.
@@ -465,13 +470,13 @@ def decode(
         return out, scale
     stream_bytes = row_bytes(layout.stream_words) if qdata.is_cuda else 0
     num_warps = decode_warps(stream_bytes)
-    blocks = -(-rows // (WARP_ROWS * num_warps))
-    if parts is None:
-        parts = decode_parts(blocks, tiles, multiprocessors(qdata.device)) if qdata.is_cuda else 1
+    panels = -(-rows // (WARP_ROWS * num_warps))
+    if blocks is None:
+        blocks = decode_blocks(panels, tiles, multiprocessors(qdata.device) if qdata.is_cuda else 1)
     placeholder = qdata
     ahead.launch(
         decode_kernel,
-        (blocks, parts),
+        (min(blocks, panels * tiles),),
         qdata,
         layout.table(qdata.device),
         scale if row_scale else placeholder,

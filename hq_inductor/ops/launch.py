@@ -30,14 +30,14 @@ class LinearLaunch:
 
     Args:
         columns: batch columns per block, a multiple of 8; larger batches take several blocks, each of which decodes anew.
-        splits: parts that the tiles of a row are cut into, for more blocks.
+        blocks: thread blocks that the tiles of all rows are dealt to, for each block of columns.
         num_warps: warps per block, each with 16 rows: 1, 2, 4 or 8.
         registers: most registers per thread, or 0 for what the compiler likes.
         ring: activations come through a ring of shared memory, for groups of four warps to multiply with (sm_90).
     """
 
     columns: int
-    splits: int
+    blocks: int
     num_warps: int
     registers: int = 0
     ring: bool = False
@@ -47,8 +47,8 @@ class LinearLaunch:
             raise ValueError(f"a ring takes 4 or 8 warps and 8 columns or a multiple of 16, got {self.num_warps} and {self.columns}")
         if self.columns % MMA_COLUMNS or not MMA_COLUMNS <= self.columns <= 128:
             raise ValueError(f"columns must be a multiple of {MMA_COLUMNS} from {MMA_COLUMNS} to 128, got {self.columns}")
-        if self.splits < 1:
-            raise ValueError(f"splits must be at least 1, got {self.splits}")
+        if self.blocks < 1:
+            raise ValueError(f"blocks must be at least 1, got {self.blocks}")
         if self.num_warps not in (1, 2, 4, 8):
             raise ValueError(f"num_warps must be 1, 2, 4 or 8, got {self.num_warps}")
 
@@ -107,14 +107,6 @@ def even_parts(tiles: int, parts: int) -> int:
     return -(-tiles // -(-tiles // parts))
 
 
-def decode_parts(blocks: int, tiles: int, processors: int) -> int:
-    """Parts of the tiles of a row for the decoder, `blocks` blocks high.
-
-    Measured (H200, 2026-11-24, 1 to 14 parts, four shapes): one wave of two blocks per multiprocessor, as for the linear kernel.
-    """
-    return even_parts(tiles, 2 * processors // blocks)
-
-
 @functools.lru_cache(maxsize=4096)
 def matmul_launch(batch: int, rows: int, tiles: int, processors: int, warpgroups: bool) -> MatmulLaunch:
     """Launch of the int8 product; `warpgroups`: the device multiplies by groups of four warps, from shared memory (sm_90 and newer).
@@ -136,22 +128,30 @@ def fused_batch(device: torch.device) -> int:
 def linear_launch(batch: int, rows: int, tiles: int, processors: int, row_bytes: int, ring: bool) -> LinearLaunch:
     """Launch for `[batch, K] x [rows, K]^T`, `tiles` tiles per row, `row_bytes` of `hq_inductor.ops.kernels.shared`; `ring`: may be one.
 
-    Measured (H200, 2026-11-24, `benchmarks/linear.py --tune`): one wave of as many blocks as multiprocessors hold is best while it lasts;
-    with more than five waves of single tiles, and registers for three blocks, waves of four tiles each. The ring pays from 33 columns up.
+    As many blocks as multiprocessors hold, each with a run of tiles. The ring pays from 33 columns up.
     """
     if ring and batch > max(REGISTERS):
         columns = next((c for c in RING_REGISTERS if batch <= c), max(RING_REGISTERS))
         num_warps = decode_warps(row_bytes) if columns == min(RING_REGISTERS) else 4
-        blocks = -(-rows // (WARP_ROWS * num_warps)) * -(-batch // columns)
         slots = processors * ring_warps(columns) // num_warps
-        return LinearLaunch(columns, even_parts(tiles, slots // blocks), num_warps, RING_REGISTERS[columns], True)
+        return LinearLaunch(columns, _blocks(batch, columns, rows, num_warps, tiles, slots), num_warps, RING_REGISTERS[columns], True)
     columns = next((c for c in REGISTERS if batch <= c), max(REGISTERS))
     num_warps = decode_warps(row_bytes)
-    blocks = -(-rows // (WARP_ROWS * num_warps)) * -(-batch // columns)
-    if columns == MMA_COLUMNS and blocks * tiles > 11 * processors:
-        return LinearLaunch(columns, -(-tiles // 4), num_warps, TIGHT_REGISTERS)
     slots = 2 * processors * (8 // num_warps)
-    return LinearLaunch(columns, even_parts(tiles, slots // blocks), num_warps, REGISTERS[columns])
+    registers = REGISTERS[columns]
+    if columns == MMA_COLUMNS and -(-rows // (WARP_ROWS * num_warps)) * tiles > 11 * processors:
+        slots, registers = slots * 3 // 2, TIGHT_REGISTERS
+    return LinearLaunch(columns, _blocks(batch, columns, rows, num_warps, tiles, slots), num_warps, registers)
+
+
+def decode_blocks(panels: int, tiles: int, processors: int) -> int:
+    """Blocks that the decoder's panels of tiles are dealt to: two per multiprocessor, as for the linear kernel."""
+    return max(1, min(panels * tiles, 2 * processors))
+
+
+def _blocks(batch: int, columns: int, rows: int, num_warps: int, tiles: int, slots: int) -> int:
+    """Blocks for each block of columns, of `slots` for all."""
+    return max(1, min(-(-rows // (WARP_ROWS * num_warps)) * tiles, slots // -(-batch // columns)))
 
 
 def ring_warps(columns: int) -> int:

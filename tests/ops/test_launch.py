@@ -24,7 +24,7 @@ def test_rings_have_room(rows):
         for batch in (33, 64, 65, 96, 97, 128, 129, RING_BATCH):
             stream = row_bytes(layout.stream_words)
             launch = linear_launch(batch, rows, 8, 132, stream, True)
-            assert launch.ring and (batch <= launch.columns or launch.columns == 128) and 1 <= launch.splits <= 8
+            assert launch.ring and (batch <= launch.columns or launch.columns == 128) and launch.blocks >= 1
             blocks = ring_warps(launch.columns) // launch.num_warps
             steps, stages, staged, kilobytes = ring_shape(
                 launch.columns, launch.num_warps, blocks, layout.words, stream, stages_tiles(layout)
@@ -63,7 +63,7 @@ def test_parts_are_even():
         ((8, 1, 2, 0, True), "a ring takes 4 or 8 warps"),
         ((24, 1, 4, 0, True), "multiple of 16, got 4 and 24"),
         ((12, 1, 8), "columns must be a multiple of 8"),
-        ((8, 0, 8), "splits must be at least 1"),
+        ((8, 0, 8), "blocks must be at least 1"),
         ((8, 1, 3), "num_warps must be 1, 2, 4 or 8"),
     ],
 )

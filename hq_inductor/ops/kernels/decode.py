@@ -2,8 +2,8 @@
 
 Definition.  `out[n, k] = codes[n, k]` (int8), or `codes[n, k] * scale[n, t] * sqrt(3)^[a2 and k even] / row_scale[n]` in the dtype of
              `out`. `row_scale` brings the largest value that the row's tiles can hold to the largest that e4m3 can.
-Work.        A warp owns 16 rows, and takes tiles as `hq_inductor.ops.kernels.linear` does, from the same buffers; with tables whose
-             quotients stand where codes have them. Codes become floats as the low bits of a float that is large enough to have no
+Work.        A warp takes tiles of 16 rows as `hq_inductor.ops.kernels.linear` does, dealt out in the same way, from the same buffers; with
+             tables whose quotients stand where codes have them. Codes become floats as the low bits of a float that is large enough to have no
              fraction, which is then subtracted: the converting instructions are a quarter as fast.
 """
 
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .bits import INTERPRETED, shift_right
-from .blocks import load_chunks, stage_stream, tile_offset
+from .blocks import first_unit, load_chunks, stage_stream, tile_offset
 from .shared import TABLE_BYTES, declare_shared, load_table, wait_copies
 from .tile import decode_vector, first_cursor, first_words, load_raw, next_quads, read_header, restore_signs, stream_word
 
@@ -280,7 +280,7 @@ def decode_kernel(
     LARGEST: tl.constexpr,
     NUM_WARPS: tl.constexpr,
 ):
-    """Program p: rows of 16 of its warps, all tiles in turn from every part of `num_programs(1)`."""
+    """Program p: run p of the units (`hq_inductor.ops.kernels.blocks`)."""
     STREAM: tl.constexpr = WORDS - RAW
     END: tl.constexpr = 32 * STREAM
     GROUPS: tl.constexpr = TILE // 128
@@ -294,13 +294,14 @@ def decode_kernel(
     j = lane % 4
     r = lane // 4
     odd = lane % 2
-    strip = tl.program_id(0) * NUM_WARPS + warp
-    first = tl.program_id(1) * tiles // tl.num_programs(1)
-    end = (tl.program_id(1) + 1) * tiles // tl.num_programs(1)
-    row_u = strip * 16 + r
-    row_v = row_u + 8
-    mask_u = row_u < N
-    mask_v = row_v < N
+    panels = (N + 16 * NUM_WARPS - 1) // (16 * NUM_WARPS)
+    each = panels * tiles // tl.num_programs(0)
+    rest = panels * tiles % tl.num_programs(0)
+    begin = first_unit(tl.program_id(0), each, rest)
+    end = first_unit(tl.program_id(0) + 1, each, rest)
+    panel = begin // tiles
+    t = begin % tiles
+    strip = panel * NUM_WARPS + warp
     table_address = thread * 0
     buffers = thread * 0
     if not _INTERPRETED:
@@ -308,9 +309,9 @@ def decode_kernel(
         load_table(table_ptr, table_address, thread, NUM_WARPS)
         buffers = table_address + TABLE_BYTES + warp * (2 * BUFFER)
         if ROW_BYTES > 0:
-            stage_stream(words_ptr, strip, first, N, tiles, lane, buffers, RAW, WORDS, ROW_BYTES, ALIGNED)
-    next_u = words_ptr + tile_offset(strip, r, first, N, tiles, WORDS)
-    next_v = words_ptr + tile_offset(strip, r + 8, first, N, tiles, WORDS)
+            stage_stream(words_ptr, strip, t, N, tiles, lane, buffers, RAW, WORDS, ROW_BYTES, ALIGNED)
+    next_u = words_ptr + tile_offset(strip, r, t, N, tiles, WORDS)
+    next_v = words_ptr + tile_offset(strip, r + 8, t, N, tiles, WORDS)
     if CHUNKED:
         ahead_u = load_chunks((), next_u, j, 0, FIRST)
         ahead_v = load_chunks((), next_v, j, 0, FIRST)
@@ -324,24 +325,34 @@ def decode_kernel(
     bits_v = bits_u
     divisor_u = tl.full([32 * NUM_WARPS], 1.0, tl.float32)
     divisor_v = divisor_u
-    if ROW_SCALE:
-        divisor_u = _row_scale(words_ptr, strip, r, j, N, tiles, WORDS, RAW, LARGEST)
-        divisor_v = _row_scale(words_ptr, strip, r + 8, j, N, tiles, WORDS, RAW, LARGEST)
-        mine = tl.program_id(1) + j == 0
-        tl.store(row_scale_ptr + row_u, divisor_u, mask=mask_u & mine)
-        tl.store(row_scale_ptr + row_v, divisor_v, mask=mask_v & mine)
-    for t in range(first, end):
+    for unit in range(begin, end):
+        row_u = strip * 16 + r
+        row_v = row_u + 8
+        mask_u = row_u < N
+        mask_v = row_v < N
+        if ROW_SCALE:
+            if (unit == begin) | (t == 0):
+                divisor_u = _row_scale(words_ptr, strip, r, j, N, tiles, WORDS, RAW, LARGEST)
+                divisor_v = _row_scale(words_ptr, strip, r + 8, j, N, tiles, WORDS, RAW, LARGEST)
+                # every block that has tiles of a row writes the same
+                tl.store(row_scale_ptr + row_u, divisor_u, mask=mask_u & (j == 0))
+                tl.store(row_scale_ptr + row_v, divisor_v, mask=mask_v & (j == 0))
+        # what comes next: the same again after the last one
+        wraps = (t + 1 == tiles) & (unit + 1 < end)
+        next_t = tl.where(unit + 1 == end, t, tl.where(wraps, 0, t + 1))
+        next_panel = tl.where(wraps, panel + 1, panel)
+        next_strip = next_panel * NUM_WARPS + warp
         tile_u = next_u
         tile_v = next_v
-        next_u = words_ptr + tile_offset(strip, r, tl.minimum(t + 1, end - 1), N, tiles, WORDS)
-        next_v = words_ptr + tile_offset(strip, r + 8, tl.minimum(t + 1, end - 1), N, tiles, WORDS)
+        next_u = words_ptr + tile_offset(next_strip, r, next_t, N, tiles, WORDS)
+        next_v = words_ptr + tile_offset(next_strip, r + 8, next_t, N, tiles, WORDS)
         if ROW_BYTES > 0:
             wait_copies(lane)
-            turn = (t - first) & 1
+            turn = (unit - begin) & 1
             bits_u = (buffers + (turn * BUFFER + r * (ROW_BYTES + 8))) * 8
             bits_v = bits_u + 8 * 8 * (ROW_BYTES + 8)
             ahead = buffers + (BUFFER - turn * BUFFER)
-            stage_stream(words_ptr, strip, tl.minimum(t + 1, end - 1), N, tiles, lane, ahead, RAW, WORDS, ROW_BYTES, ALIGNED)
+            stage_stream(words_ptr, next_strip, next_t, N, tiles, lane, ahead, RAW, WORDS, ROW_BYTES, ALIGNED)
         scale_u, wall_u = read_header(stream_word(tile_u + RAW, bits_u, STREAM, ROW_BYTES), END, WALL_UNIT, 0)
         scale_v, wall_v = read_header(stream_word(tile_v + RAW, bits_v, STREAM, ROW_BYTES), END, WALL_UNIT, 0)
         if CODES:
@@ -421,3 +432,6 @@ def decode_kernel(
                     ROW_BYTES,
                     CODES,
                 )
+        t = next_t
+        panel = next_panel
+        strip = next_strip

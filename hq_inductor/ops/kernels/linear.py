@@ -19,14 +19,17 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .bits import INTERPRETED
 from .blocks import (
+    count_panels,
     finish,
+    first_unit,
     load_chunks,
     load_staged_chunks,
+    select_pointer,
     stage_scales,
     stage_stream,
     stage_tiles,
     tile_offset,
-    weight_of_block,
+    weight_of_panel,
 )
 from .memory import load_16, load_global
 from .shared import TABLE_BYTES, commit_copies, declare_shared, load_shared_floats, load_table, shared_base, wait_copies
@@ -107,6 +110,21 @@ def _multiply_group(
 
 
 @triton.jit
+def _zeros(thread, COUNT: tl.constexpr):
+    zeros = ()
+    for _ in tl.static_range(COUNT):
+        zeros = zeros + ((thread * 0).to(tl.float32),)
+    return zeros
+
+
+@triton.jit
+def _weight_of(panel, pointers, rows, SIBLINGS: tl.constexpr, NUM_WARPS: tl.constexpr):
+    words, words1, words2, words3, bias, bias1, bias2, bias3 = pointers
+    n, n1, n2, n3 = rows
+    return weight_of_panel(panel, words, words1, words2, words3, bias, bias1, bias2, bias3, n, n1, n2, n3, SIBLINGS, NUM_WARPS)
+
+
+@triton.jit
 def linear_block(
     thread,  # number of the thread
     words_ptr,  # [N, tiles, WORDS] int32
@@ -116,7 +134,7 @@ def linear_block(
     bias_ptr,  # [N], or anything if not HAS_BIAS
     out_ptr,  # [M, N + N1 + N2 + N3]
     partial_ptr,  # fp32 if SPLIT: `finish`
-    counter_ptr,  # [blocks] int32 zeros if SPLIT
+    counter_ptr,  # [batch columns / COLUMNS, panels, warps] int32 zeros if SPLIT
     M,
     M_PAD,
     N,
@@ -155,7 +173,7 @@ def linear_block(
     STAGED: tl.constexpr,  # whole tiles, and the activations' scales, come through shared memory; needs CHUNKED and a ring
     SHARED: tl.constexpr,  # symbol of the block's shared memory
 ):
-    """Program (i, p, c): rows 16 NUM_WARPS i on, part p of the tiles, batch columns COLUMNS c on."""
+    """Program (i, c): run i of the units (`hq_inductor.ops.kernels.blocks`), batch columns COLUMNS c on."""
     STREAM: tl.constexpr = WORDS - RAW
     END: tl.constexpr = 32 * STREAM
     GROUPS: tl.constexpr = TILE // 128
@@ -164,33 +182,31 @@ def linear_block(
     CHUNKED: tl.constexpr = ALIGNED and LATTICE != "d4" and GROUPS <= 4 and K * GROUPS % 4 == 0
     FIRST: tl.constexpr = (K - 1) // 4 + 1  # 16-byte loads that the first group needs
 
-    words_ptr, bias_ptr, N, block, column, total = weight_of_block(
-        words_ptr,
-        words1_ptr,
-        words2_ptr,
-        words3_ptr,
-        bias_ptr,
-        bias1_ptr,
-        bias2_ptr,
-        bias3_ptr,
-        N,
-        N1,
-        N2,
-        N3,
-        SIBLINGS,
-        NUM_WARPS,
-    )
-    part = tl.program_id(1)
-    m0 = tl.program_id(2) * COLUMNS
+    panels = count_panels(N, N1, N2, N3, SIBLINGS, NUM_WARPS)
+    total = N
+    if SIBLINGS > 1:
+        total += N1
+    if SIBLINGS > 2:
+        total += N2
+    if SIBLINGS > 3:
+        total += N3
+    each = panels * tiles // tl.num_programs(0)
+    rest = panels * tiles % tl.num_programs(0)
+    begin = first_unit(tl.program_id(0), each, rest)
+    end = first_unit(tl.program_id(0) + 1, each, rest)
+    panel = begin // tiles
+    t = begin % tiles
+    pointers = (words_ptr, words1_ptr, words2_ptr, words3_ptr, bias_ptr, bias1_ptr, bias2_ptr, bias3_ptr)
+    rows = (N, N1, N2, N3)
+    words_ptr, bias_ptr, N, weight_panel, column = _weight_of(panel, pointers, rows, SIBLINGS, NUM_WARPS)
+    m0 = tl.program_id(1) * COLUMNS
     lane = thread % 32
     warp = thread // 32
     j = lane % 4
     r = lane // 4
     odd = lane % 2
-    strip = block * NUM_WARPS + warp
-    splits = tl.num_programs(1)
-    first_tile = part * tiles // splits
-    last_tile = (part + 1) * tiles // splits
+    strip = weight_panel * NUM_WARPS + warp
+    starts = t == 0
 
     # offsets of 32 bits from here on, where registers are dear: a weight has less than 2^31 words
     x_step = M_PAD * 64
@@ -211,15 +227,15 @@ def linear_block(
         if STAGES > 0:
             after: tl.constexpr = TABLE_BYTES + NUM_WARPS * 2 * (BUFFER if ROW_BYTES > 0 else 0)
             scales = table_address + after + warp * (8 * COLUMNS)
-            slots = shared_base(part, SHARED) + (after + (NUM_WARPS * 8 * COLUMNS if STAGED else 0))
+            slots = shared_base(begin, SHARED) + (after + (NUM_WARPS * 8 * COLUMNS if STAGED else 0))
             barriers = slots + STAGES * CHUNK
             open_ring(barriers, thread, STAGES, NUM_WARPS)
         if STAGED:
-            stage_tiles(words_ptr, strip, first_tile, N, tiles, lane, buffers, WORDS, STRIDE)
+            stage_tiles(words_ptr, strip, t, N, tiles, lane, buffers, WORDS, STRIDE)
         elif ROW_BYTES > 0:
-            stage_stream(words_ptr, strip, first_tile, N, tiles, lane, buffers, RAW, WORDS, ROW_BYTES, ALIGNED)
-    tile_u = tile_offset(strip, r, first_tile, N, tiles, WORDS)
-    tile_v = tile_offset(strip, r + 8, first_tile, N, tiles, WORDS)
+            stage_stream(words_ptr, strip, t, N, tiles, lane, buffers, RAW, WORDS, ROW_BYTES, ALIGNED)
+    tile_u = tile_offset(strip, r, t, N, tiles, WORDS)
+    tile_v = tile_offset(strip, r + 8, t, N, tiles, WORDS)
     if CHUNKED and not STAGED:
         ahead_u = load_chunks((), words_ptr + tile_u, j, 0, FIRST)
         ahead_v = load_chunks((), words_ptr + tile_v, j, 0, FIRST)
@@ -236,39 +252,47 @@ def linear_block(
     place = x_row
     source = (x_ptr, x_step)
     if STAGES > 0:
-        x_ptr += (tl.program_id(2) * tiles + first_tile).to(tl.int64) * (TILE * COLUMNS)
-        chunks = (last_tile - first_tile) * (TILE // (32 * STEPS))
-        place = (0, 0, 0, 0, 0, 0, 0)  # as `next_products` has it
-        source = (x_ptr, slots, barriers, chunks, thread, lane)
+        x_ptr += tl.program_id(1).to(tl.int64) * (tiles * (TILE * COLUMNS))
+        per_tile: tl.constexpr = TILE // (32 * STEPS)
+        chunks = (end - begin) * per_tile
+        of_row = tiles * per_tile
+        place = (0, 0, 0, 0, 0, 0, 0, t * per_tile, (t * per_tile + STAGES) % of_row)  # as `next_products` has it
+        source = (x_ptr, slots, barriers, chunks, of_row, thread, lane)
         if STAGED:
-            stage_scales(act_scale_ptr + first_tile * M_PAD + m0, lane, scales, COLUMNS)
+            stage_scales(act_scale_ptr + t * M_PAD + m0, lane, scales, COLUMNS)
             commit_copies(lane)
         for stage in tl.static_range(STAGES):
-            fill(thread + tl.where(stage < chunks, 0, 256), barriers + 8 * stage, slots + CHUNK * stage, x_ptr + CHUNK * stage, CHUNK)
+            chunk_ptr = x_ptr + CHUNK * ((t * per_tile + stage) % of_row)
+            fill(thread + tl.where(stage < chunks, 0, 256), barriers + 8 * stage, slots + CHUNK * stage, chunk_ptr, CHUNK)
     # bits before the rows' stream planes: in shared memory, or of a plane by itself
     bits_u = thread * 0
     bits_v = bits_u
 
-    totals = ()
-    for _ in tl.static_range(4 * BLOCKS):
-        totals = totals + ((thread * 0).to(tl.float32),)
-    for t in range(first_tile, last_tile):
+    totals = _zeros(thread, 4 * BLOCKS)
+    for unit in range(begin, end):
+        # what comes next: the same again after the last one
+        last = unit + 1 == end
+        wraps = (t + 1 == tiles) & (unit + 1 < end)
+        next_t = tl.where(last, t, tl.where(wraps, 0, t + 1))
+        next_panel = tl.where(wraps, panel + 1, panel)
+        next_words_ptr, next_bias_ptr, next_N, next_weight_panel, next_column = _weight_of(next_panel, pointers, rows, SIBLINGS, NUM_WARPS)
+        next_strip = next_weight_panel * NUM_WARPS + warp
         # not read where the planes have copies
         streams = (words_ptr + tile_u + RAW, words_ptr + tile_v + RAW)
         if ROW_BYTES > 0:
             wait_copies(lane)
-            turn = (t - first_tile) & 1
+            turn = (unit - begin) & 1
             tile_address = buffers + (turn * BUFFER + r * STRIDE)
             bits_u = (tile_address + (4 * RAW if STAGED else 0)) * 8
             bits_v = bits_u + 8 * 8 * STRIDE
             other = buffers + (BUFFER - turn * BUFFER)
             if STAGED:
-                stage_tiles(words_ptr, strip, t + 1, N, tiles, lane, other, WORDS, STRIDE)
-                next_ptr = act_scale_ptr + tl.minimum(t + 1, tiles - 1) * M_PAD + m0
+                stage_tiles(next_words_ptr, next_strip, next_t, next_N, tiles, lane, other, WORDS, STRIDE)
+                next_ptr = act_scale_ptr + next_t * M_PAD + m0
                 stage_scales(next_ptr, lane, scales + (4 * COLUMNS - turn * (4 * COLUMNS)), COLUMNS)
                 commit_copies(lane)
             else:
-                stage_stream(words_ptr, strip, t + 1, N, tiles, lane, other, RAW, WORDS, ROW_BYTES, ALIGNED)
+                stage_stream(next_words_ptr, next_strip, next_t, next_N, tiles, lane, other, RAW, WORDS, ROW_BYTES, ALIGNED)
         column_ptr = act_scale_ptr + t * M_PAD + m0 + 2 * j
         column_scales = ()
         if BLOCKS <= 2 and not STAGED:
@@ -309,10 +333,10 @@ def linear_block(
                     words_u = load_chunks(words_u, words_ptr + tile_u, j, (K * g + K - 1) // 4 + 1, (K * g + 2 * K - 1) // 4 + 1)
                     words_v = load_chunks(words_v, words_ptr + tile_v, j, (K * g + K - 1) // 4 + 1, (K * g + 2 * K - 1) // 4 + 1)
                 else:
-                    next_u = tile_offset(strip, r, t + 1, N, tiles, WORDS)
-                    next_v = tile_offset(strip, r + 8, t + 1, N, tiles, WORDS)
-                    ahead_u = load_chunks((), words_ptr + next_u, j, 0, FIRST)
-                    ahead_v = load_chunks((), words_ptr + next_v, j, 0, FIRST)
+                    next_u = tile_offset(next_strip, r, next_t, next_N, tiles, WORDS)
+                    next_v = tile_offset(next_strip, r + 8, next_t, next_N, tiles, WORDS)
+                    ahead_u = load_chunks((), next_words_ptr + next_u, j, 0, FIRST)
+                    ahead_v = load_chunks((), next_words_ptr + next_v, j, 0, FIRST)
                 raw_u = ()
                 raw_v = ()
                 for w in tl.static_range(K):
@@ -341,14 +365,16 @@ def linear_block(
                     STAGES,
                 )
         else:
-            next_u = tile_offset(strip, r, t + 1, N, tiles, WORDS)
-            next_v = tile_offset(strip, r + 8, t + 1, N, tiles, WORDS)
+            next_u = tile_offset(next_strip, r, next_t, next_N, tiles, WORDS)
+            next_v = tile_offset(next_strip, r + 8, next_t, next_N, tiles, WORDS)
             for g in range(GROUPS):
                 raw_u = ahead_u
                 raw_v = ahead_v
                 g_next = (g + 1) % GROUPS
-                ahead_u = load_raw(words_ptr + tl.where(g + 1 < GROUPS, tile_u, next_u), g_next, j, K, LATTICE, GROUPS)
-                ahead_v = load_raw(words_ptr + tl.where(g + 1 < GROUPS, tile_v, next_v), g_next, j, K, LATTICE, GROUPS)
+                more = g + 1 < GROUPS
+                ahead_ptr = select_pointer(more, words_ptr, next_words_ptr)
+                ahead_u = load_raw(ahead_ptr + tl.where(more, tile_u, next_u), g_next, j, K, LATTICE, GROUPS)
+                ahead_v = load_raw(ahead_ptr + tl.where(more, tile_v, next_v), g_next, j, K, LATTICE, GROUPS)
                 sums, cursors, place = _multiply_group(
                     sums,
                     raw_u,
@@ -391,36 +417,49 @@ def linear_block(
                 totals[4 * b + 3] + sums[4 * b + 3].to(tl.float32) * (s1 * scale_v),
             )
         totals = updated_totals
+        if last | wraps:
+            if PDL:
+                # not before: what starts early takes its place among the blocks of this kernel that still wait for theirs
+                gdc_launch_dependents()
+            finish(
+                totals,
+                strip,
+                column,
+                m0,
+                M,
+                N,
+                total,
+                lane,
+                warp,
+                bias_ptr,
+                residual_ptr,
+                stride_residual,
+                out_ptr,
+                partial_ptr,
+                counter_ptr,
+                panel,
+                panels,
+                tiles,
+                each,
+                rest,
+                starts,
+                BLOCKS,
+                SPLIT,
+                HAS_BIAS,
+                HAS_RESIDUAL,
+                NUM_WARPS,
+            )
+            totals = _zeros(thread, 4 * BLOCKS)
+        starts = starts | wraps
         tile_u = next_u
         tile_v = next_v
-
-    if PDL:
-        # not before: what starts early takes its place among the blocks of this kernel that still wait for theirs
-        gdc_launch_dependents()
-    finish(
-        totals,
-        strip,
-        column,
-        part,
-        m0,
-        M,
-        M_PAD,
-        N,
-        total,
-        lane,
-        warp,
-        bias_ptr,
-        residual_ptr,
-        stride_residual,
-        out_ptr,
-        partial_ptr,
-        counter_ptr,
-        BLOCKS,
-        SPLIT,
-        HAS_BIAS,
-        HAS_RESIDUAL,
-        NUM_WARPS,
-    )
+        t = next_t
+        panel = next_panel
+        words_ptr = next_words_ptr
+        bias_ptr = next_bias_ptr
+        N = next_N
+        column = next_column
+        strip = next_strip
 
 
 # one binary for all sizes
@@ -433,7 +472,7 @@ def linear_kernel(
     bias_ptr,  # [N], or anything if not HAS_BIAS
     out_ptr,  # [M, N + N1 + N2 + N3]
     partial_ptr,  # fp32 if SPLIT: `finish`
-    counter_ptr,  # [blocks] int32 zeros if SPLIT
+    counter_ptr,  # [batch columns / COLUMNS, panels, warps] int32 zeros if SPLIT
     M,
     M_PAD,
     N,

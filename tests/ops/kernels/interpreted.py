@@ -19,10 +19,10 @@ from hq_inductor.ops.launch import LinearLaunch, MatmulLaunch
 ops = torch.ops.hyperquant
 
 # lattice, bps, rows, columns, tile, batch, launch: every Rice parameter, both lengths of stream planes, planes too long for a buffer,
-# units that # do not fill the grid, rows that do not fill a strip, parts of unequal length
+# rows that do not fill a strip, runs of unequal length, within a panel and over its end
 CASES = [
-    ("e8", 4.0, 40, 512, None, 3, LinearLaunch(8, 1, 1)),
-    ("e8", 2.0, 17, 384, 128, 9, LinearLaunch(16, 2, 2)),
+    ("e8", 4.0, 40, 512, None, 3, LinearLaunch(8, 2, 1)),
+    ("e8", 2.0, 40, 384, 128, 9, LinearLaunch(16, 4, 2)),
     ("e8", 2.5, 20, 256, 256, 1, LinearLaunch(8, 1, 1)),
     ("e8", 5.0, 20, 256, None, 8, LinearLaunch(8, 1, 1)),
     ("e8", 6.0, 17, 256, None, 2, LinearLaunch(8, 1, 1)),
@@ -32,7 +32,7 @@ CASES = [
     ("d4", 4.0, 20, 256, 128, 2, LinearLaunch(8, 2, 1)),
     ("a2", 3.0, 20, 384, None, 2, LinearLaunch(8, 1, 1)),
     ("z", 3.0, 20, 256, None, 2, LinearLaunch(8, 1, 1)),
-    ("e8", 4.0, 20, 256, 128, 3, LinearLaunch(8, 2, 4, ring=True)),
+    ("e8", 4.0, 70, 384, 128, 3, LinearLaunch(8, 4, 4, ring=True)),
     ("e8", 3.5, 20, 256, None, 18, LinearLaunch(16, 1, 4, ring=True)),
     ("d4", 3.0, 20, 256, 128, 2, LinearLaunch(8, 1, 4, ring=True)),
 ]
@@ -99,14 +99,14 @@ def check_case(lattice: str, bps: float, rows: int, columns: int, tile: int | No
     assert decode(noise, layout, torch.float32)[0].isfinite().all()
 
 
-def check_siblings(counts: tuple[int, ...], splits: int, with_bias: bool) -> None:
+def check_siblings(counts: tuple[int, ...], blocks: int, with_bias: bool) -> None:
     """Weights that share a launch give what each gives alone; the residual is added last."""
     weights = [HyperQuantTensor.from_hp(torch.randn(rows, 256), bps=3.5) for rows in counts]
     layout = TileLayout("e8", weights[0].tile, weights[0].code, weights[0].qdata.shape[-1])
     x = torch.randn(3, 256).to(torch.bfloat16)
     biases = [torch.randn(rows).to(torch.bfloat16) for rows in counts] if with_bias else None
     residual = torch.randn(3, sum(counts) + 5).to(torch.bfloat16)[:, : sum(counts)]
-    launch = LinearLaunch(8, splits, 1)
+    launch = LinearLaunch(8, blocks, 1)
     words = [weight.qdata for weight in weights]
     alone = [int8_linear(x.float(), w, None, b, layout, 0, launch) for w, b in zip(words, biases or [None] * len(words), strict=True)]
     found = int8_linear(x.float(), words, None, biases, layout, 0, launch, residual)
@@ -117,9 +117,9 @@ def check_siblings(counts: tuple[int, ...], splits: int, with_bias: bool) -> Non
 def main() -> None:
     assert triton.knobs.runtime.interpret
     torch.manual_seed(0)
-    check_siblings((17, 40), 1, False)
-    check_siblings((16, 5, 33), 2, True)
-    check_siblings((20, 16, 7, 40), 2, True)
+    check_siblings((17, 40), 5, False)
+    check_siblings((16, 5, 33), 4, True)
+    check_siblings((20, 16, 7, 40), 3, True)
     for case in CASES:
         check_case(*case)
         print("ok", *case)
