@@ -23,6 +23,7 @@ from .launch import (
     WARP_ROWS,
     LinearLaunch,
     MatmulLaunch,
+    RingLaunch,
     decode_blocks,
     decode_warps,
     dependent_launch,
@@ -276,7 +277,7 @@ def int8_matmul(
 MAX_SIBLINGS = 4
 
 
-def _default_launch(x: torch.Tensor, counts: list[int], tiles: int, layout: TileLayout) -> LinearLaunch:
+def _default_launch(x: torch.Tensor, counts: list[int], tiles: int, layout: TileLayout) -> LinearLaunch | RingLaunch:
     processors = multiprocessors(x.device) if x.is_cuda else 1
     return linear_launch(x.shape[0], sum(counts), tiles, processors, row_bytes(layout.stream_words), ring_products(x.device))
 
@@ -288,7 +289,7 @@ def int8_linear(
     bias: torch.Tensor | Sequence[torch.Tensor] | None,
     layout: TileLayout,
     seed: int,
-    launch: LinearLaunch | None = None,
+    launch: LinearLaunch | RingLaunch | None = None,
     residual: torch.Tensor | None = None,
     prologue: Prologue = NO_PROLOGUE,
     rotated: tuple[torch.Tensor, torch.Tensor] | None = None,
@@ -327,28 +328,27 @@ def int8_linear(
         return out
     columns = launch.columns
     padded = -(-batch // columns) * columns
-    panels = sum(-(-n // (WARP_ROWS * launch.num_warps)) for n in counts)
-    grid = (min(launch.blocks, panels * tiles), padded // columns)
-    # a panel whose tiles are dealt to more than one block has its sums in parts
-    split = panels % grid[0] != 0
-    counters = panels * launch.num_warps * grid[1] if split else 0
-    ring = columns if launch.ring else 0
-    shape = {"STEPS": 1, "STAGES": 0}
-    if ring:
-        blocks = max(1, ring_warps(columns) // launch.num_warps)
-        stageable = x.is_cuda and stages_tiles(layout)
-        steps, stages, staged, kilobytes = ring_shape(columns, launch.num_warps, blocks, words, stream_bytes, stageable)
-        shape = {"STEPS": steps, "STAGES": stages}
-        if x.is_cuda:
-            shape |= {"STAGED": staged, "SHARED_KB": kilobytes}
+    if isinstance(launch, RingLaunch):
+        kernel = ring_linear_kernel
+        grid = (sum(-(-n // (WARP_ROWS * launch.num_warps)) for n in counts), launch.splits, padded // columns)
+        counters, ring = grid[0] * launch.num_warps * grid[2] if launch.splits > 1 else 0, columns
+        shape = _ring_arguments(launch, layout, stream_bytes, x.is_cuda)
+    else:
+        kernel, counters, ring = linear_kernel, 0, 0
+        panels = sum(-(-n // launch.panel_rows) for n in counts)
+        grid = (min(launch.blocks, panels), padded // columns)
+        shape = {"SHARING": launch.sharing}
     if rotated is None or rotated[0].shape != rotated_shape(layout, tiles, padded, ring):
         q, scale, zeros = rotate_quantize(x, act_pre_scale, layout, tiles, seed, padded, counters, prologue, ring)
     else:
         (q, scale), zeros = rotated, torch.zeros(counters, dtype=torch.int32, device=x.device)
+    parts = ()
+    if ring:
+        partial = scale
+        if counters:
+            partial = torch.empty((launch.splits, counters, 2 * columns * 8), dtype=torch.float32, device=x.device)
+        parts = (partial, zeros)
     pdl = dependent_launch(x.device)
-    partial = scale
-    if split:
-        partial = torch.empty((grid[0] * grid[1], 2, launch.num_warps, WARP_ROWS * columns), dtype=torch.float32, device=x.device)
     has_bias = biases[0] is not None
     if has_bias and len({b.dtype for b in biases}) > 1:
         biases = [b.float() for b in biases]
@@ -356,7 +356,7 @@ def int8_linear(
     weights += weights[:1] * (MAX_SIBLINGS - len(weights))
     biases += biases[:1] * (MAX_SIBLINGS - len(biases))
     ahead.launch(
-        ring_linear_kernel if ring and x.is_cuda else linear_kernel,
+        kernel,
         grid,
         weights[0],
         layout.kernel_tables(x.device),  # of which the first
@@ -364,8 +364,7 @@ def int8_linear(
         scale,
         biases[0],
         out,
-        partial,
-        zeros,
+        *parts,
         batch,
         padded,
         counts[0],
@@ -387,7 +386,6 @@ def int8_linear(
         ALIGNED=_aligned(layout),
         ROW_BYTES=stream_bytes,
         COLUMNS=columns,
-        SPLIT=split,
         HAS_BIAS=has_bias,
         HAS_RESIDUAL=residual is not None,
         SIBLINGS=len(counts),
@@ -400,6 +398,14 @@ def int8_linear(
         **({"launch_pdl": True} if pdl else {}),
     )
     return out
+
+
+def _ring_arguments(launch: RingLaunch, layout: TileLayout, stream_bytes: int, cuda: bool) -> dict:
+    """Compile-time arguments of a ring."""
+    blocks = max(1, ring_warps(launch.columns) // launch.num_warps)
+    stageable = cuda and stages_tiles(layout)
+    steps, stages, staged, kilobytes = ring_shape(launch.columns, launch.num_warps, blocks, layout.words, stream_bytes, stageable)
+    return {"SPLIT": launch.splits > 1, "STEPS": steps, "STAGES": stages, "STAGED": staged, "SHARED_KB": kilobytes}
 
 
 def sibling_linear(
@@ -427,7 +433,7 @@ def sibling_linear(
         launch = _default_launch(x, [qdata[i].shape[0] for i in groups[0]], qdata[0].shape[1], layouts[0])
         columns = launch.columns
         padded = -(-x.shape[0] // columns) * columns
-        ring = columns if launch.ring else 0
+        ring = columns if isinstance(launch, RingLaunch) else 0
         rotated = rotate_quantize(x, act_pre_scale, layouts[0], qdata[0].shape[1], seed, padded, 0, prologue, ring)[:2]
     outs = []
     for group in groups:

@@ -17,8 +17,9 @@ LIBRARY_BATCH = 2048
 REGISTERS = {8: 128, 16: 128, 32: 128}
 # the same with a ring; left alone the compiler takes 180 and 230, which a multiprocessor has for 8 warps
 RING_REGISTERS = {64: 128, 96: 0, 128: 0}
-# three of them
+# three of them, and how much longer a tile takes then
 TIGHT_REGISTERS = 80
+TIGHT_TURN = 1.35
 # rows of a warp, columns of an MMA
 WARP_ROWS = 16
 MMA_COLUMNS = 8
@@ -30,27 +31,60 @@ class LinearLaunch:
 
     Args:
         columns: batch columns per block, a multiple of 8; larger batches take several blocks, each of which decodes anew.
-        blocks: thread blocks that the tiles of all rows are dealt to, for each block of columns.
-        num_warps: warps per block, each with 16 rows: 1, 2, 4 or 8.
+        blocks: thread blocks for each block of columns; they take panels in turns.
+        num_warps: warps per block: 1, 2, 4 or 8.
+        sharing: warps that share the tiles of 16 rows; divides `num_warps`.
         registers: most registers per thread, or 0 for what the compiler likes.
-        ring: activations come through a ring of shared memory, for groups of four warps to multiply with (sm_90).
     """
 
     columns: int
     blocks: int
     num_warps: int
+    sharing: int = 1
     registers: int = 0
-    ring: bool = False
 
     def __post_init__(self) -> None:
-        if self.ring and (self.num_warps % 4 or (self.columns % 16 and self.columns != MMA_COLUMNS)):
-            raise ValueError(f"a ring takes 4 or 8 warps and 8 columns or a multiple of 16, got {self.num_warps} and {self.columns}")
-        if self.columns % MMA_COLUMNS or not MMA_COLUMNS <= self.columns <= 128:
-            raise ValueError(f"columns must be a multiple of {MMA_COLUMNS} from {MMA_COLUMNS} to 128, got {self.columns}")
+        _check_columns(self.columns, 128)
         if self.blocks < 1:
             raise ValueError(f"blocks must be at least 1, got {self.blocks}")
         if self.num_warps not in (1, 2, 4, 8):
             raise ValueError(f"num_warps must be 1, 2, 4 or 8, got {self.num_warps}")
+        if self.sharing < 1 or self.num_warps % self.sharing:
+            raise ValueError(f"sharing must divide {self.num_warps} warps, got {self.sharing}")
+
+    @property
+    def panel_rows(self) -> int:
+        """Rows of the weight that a block has at a time."""
+        return WARP_ROWS * self.num_warps // self.sharing
+
+
+@dataclass(frozen=True)
+class RingLaunch:
+    """How the kernel is launched that has activations in a ring of shared memory, for groups of four warps to multiply with (sm_90).
+
+    Args:
+        columns: batch columns per block, 8 or a multiple of 16; larger batches take several blocks, each of which decodes anew.
+        splits: parts that the tiles of a row are cut into, for more blocks.
+        num_warps: warps per block, each with 16 rows: 4 or 8.
+        registers: most registers per thread, or 0 for what the compiler likes.
+    """
+
+    columns: int
+    splits: int
+    num_warps: int
+    registers: int = 0
+
+    def __post_init__(self) -> None:
+        _check_columns(self.columns, 128)
+        if self.num_warps not in (4, 8) or (self.columns % 16 and self.columns != MMA_COLUMNS):
+            raise ValueError(f"a ring takes 4 or 8 warps and 8 columns or a multiple of 16, got {self.num_warps} and {self.columns}")
+        if self.splits < 1:
+            raise ValueError(f"splits must be at least 1, got {self.splits}")
+
+
+def _check_columns(columns: int, most: int) -> None:
+    if columns % MMA_COLUMNS or not MMA_COLUMNS <= columns <= most:
+        raise ValueError(f"columns must be a multiple of {MMA_COLUMNS} from {MMA_COLUMNS} to {most}, got {columns}")
 
 
 @dataclass(frozen=True)
@@ -125,33 +159,45 @@ def fused_batch(device: torch.device) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def linear_launch(batch: int, rows: int, tiles: int, processors: int, row_bytes: int, ring: bool) -> LinearLaunch:
+def linear_launch(batch: int, rows: int, tiles: int, processors: int, row_bytes: int, ring: bool) -> LinearLaunch | RingLaunch:
     """Launch for `[batch, K] x [rows, K]^T`, `tiles` tiles per row, `row_bytes` of `hq_inductor.ops.kernels.shared`; `ring`: may be one.
 
-    As many blocks as multiprocessors hold, each with a run of tiles. The ring pays from 33 columns up.
+    As many blocks as multiprocessors hold. The ring pays from 33 columns up.
     """
     if ring and batch > max(REGISTERS):
         columns = next((c for c in RING_REGISTERS if batch <= c), max(RING_REGISTERS))
         num_warps = decode_warps(row_bytes) if columns == min(RING_REGISTERS) else 4
+        blocks = -(-rows // (WARP_ROWS * num_warps)) * -(-batch // columns)
         slots = processors * ring_warps(columns) // num_warps
-        return LinearLaunch(columns, _blocks(batch, columns, rows, num_warps, tiles, slots), num_warps, RING_REGISTERS[columns], True)
+        return RingLaunch(columns, even_parts(tiles, slots // blocks), num_warps, RING_REGISTERS[columns])
     columns = next((c for c in REGISTERS if batch <= c), max(REGISTERS))
-    num_warps = decode_warps(row_bytes)
-    slots = 2 * processors * (8 // num_warps)
+    num_warps, column_blocks = decode_warps(row_bytes), -(-batch // columns)
+    slots = max(1, 2 * processors * (8 // num_warps) // column_blocks)
+    turns, sharing = _sharing(rows, tiles, num_warps, slots)
     registers = REGISTERS[columns]
-    if columns == MMA_COLUMNS and -(-rows // (WARP_ROWS * num_warps)) * tiles > 11 * processors:
-        slots, registers = slots * 3 // 2, TIGHT_REGISTERS
-    return LinearLaunch(columns, _blocks(batch, columns, rows, num_warps, tiles, slots), num_warps, registers)
+    if columns == MMA_COLUMNS:
+        tight_turns, tight_sharing = _sharing(rows, tiles, num_warps, slots * 3 // 2)
+        if tight_turns * TIGHT_TURN < turns:
+            slots, sharing, registers = slots * 3 // 2, tight_sharing, TIGHT_REGISTERS
+    panels = -(-rows // (WARP_ROWS * num_warps // sharing))
+    return LinearLaunch(columns, max(1, min(panels, slots)), num_warps, sharing, registers)
+
+
+def _sharing(rows: int, tiles: int, num_warps: int, slots: int) -> tuple[int, int]:
+    """Tiles that each warp decodes, one after the other, on a device with so many slots for blocks; how many warps share a strip for it."""
+    found = []
+    sharing = num_warps
+    while sharing:
+        panels = -(-rows // (WARP_ROWS * num_warps // sharing))
+        found.append((-(-panels // slots) * -(-tiles // sharing), sharing))
+        sharing //= 2
+    # of the fewest the first: what few rows a block has are soon done
+    return min(found, key=lambda pair: pair[0])
 
 
 def decode_blocks(panels: int, tiles: int, processors: int) -> int:
     """Blocks that the decoder's panels of tiles are dealt to: two per multiprocessor, as for the linear kernel."""
     return max(1, min(panels * tiles, 2 * processors))
-
-
-def _blocks(batch: int, columns: int, rows: int, num_warps: int, tiles: int, slots: int) -> int:
-    """Blocks for each block of columns, of `slots` for all."""
-    return max(1, min(-(-rows // (WARP_ROWS * num_warps)) * tiles, slots // -(-batch // columns)))
 
 
 def ring_warps(columns: int) -> int:

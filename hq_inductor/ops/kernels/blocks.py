@@ -1,10 +1,8 @@
-"""Blocks of a fused linear layer: which tiles a block has, how their words come in, how its sums go out.
+"""Blocks of a fused linear layer: which weight and rows a block has, how its words come in, how its sums go out.
 
-Unit.     One tile of all rows of a panel, which is a strip of 16 rows for each warp. Units are counted panel by panel, and dealt out to the
-          blocks of the grid in runs as equal as can be: so all multiprocessors have work to the end, whatever the sizes.
-Parts.    A panel whose units are in several runs has its sums in parts. They go to memory, and the warp that finishes a strip's last one
-          adds them up, in order: the result does not depend on who that is.
-Siblings. Up to four weights of one format share a launch: their rows follow each other in the output, each weight starts a panel.
+16 rows of a weight are a strip, the strips of a block's warps a panel. Up to four weights of one format share a launch: their rows follow
+each other in the output, each weight starts a panel. Where tiles of a row are split over several blocks, parts go to memory, and the warp
+that finishes a strip's last one adds them up, in order: the result does not depend on who that is.
 """
 
 from __future__ import annotations
@@ -116,85 +114,83 @@ def load_chunks(words, tile_ptr, j, FIRST: tl.constexpr, LAST: tl.constexpr):
 
 
 @triton.jit
-def select_pointer(condition, a, b):
+def _select(condition, a, b):
     """Scalar choice of two pointers of one type."""
     return tl.where(condition, a.to(tl.int64), b.to(tl.int64)).to(a.dtype)
 
 
 @triton.jit
-def count_panels(N, N1, N2, N3, SIBLINGS: tl.constexpr, NUM_WARPS: tl.constexpr):
-    """Panels of all weights."""
-    ROWS: tl.constexpr = 16 * NUM_WARPS
-    panels = (N + ROWS - 1) // ROWS
-    if SIBLINGS > 1:
-        panels += (N1 + ROWS - 1) // ROWS
-    if SIBLINGS > 2:
-        panels += (N2 + ROWS - 1) // ROWS
-    if SIBLINGS > 3:
-        panels += (N3 + ROWS - 1) // ROWS
-    return panels
+def count_panels(rows, SIBLINGS: tl.constexpr, ROWS: tl.constexpr):
+    """Panels of ROWS rows, and rows, of all weights."""
+    panels = 0
+    total = 0
+    for i in tl.static_range(SIBLINGS):
+        panels += (rows[i] + ROWS - 1) // ROWS
+        total += rows[i]
+    return panels, total
+
+
+@triton.jit
+def weight_of_panel(panel, pointers, rows, SIBLINGS: tl.constexpr, ROWS: tl.constexpr):
+    """Words, bias and rows of a panel's weight, its number among the weight's panels, the output column of the weight's first row.
+
+    `pointers`: words of four weights, then their biases; `rows` of each.
+    """
+    words_ptr = pointers[0]
+    bias_ptr = pointers[4]
+    count = rows[0]
+    column = 0
+    past = panel >= 0
+    for i in tl.static_range(1, SIBLINGS):
+        panels = (count + ROWS - 1) // ROWS
+        past = past & (panel >= panels)
+        panel = tl.where(past, panel - panels, panel)
+        column = tl.where(past, column + count, column)
+        words_ptr = _select(past, pointers[i], words_ptr)
+        bias_ptr = _select(past, pointers[4 + i], bias_ptr)
+        count = tl.where(past, rows[i], count)
+    return words_ptr, bias_ptr, count, panel, column
 
 
 @triton.jit
 def first_unit(block, each, rest):
-    """Of the run of a block; the first `rest` blocks have one unit more than `each`."""
+    """Of a block's run, where units are dealt out in runs as equal as can be: the first `rest` blocks have one more than `each`."""
     return block * each + tl.minimum(block, rest)
 
 
 @triton.jit
-def _block_of(unit, each, rest):
-    """Which block's run a unit is in."""
-    longer = rest * (each + 1)
-    return tl.where(unit < longer, unit // (each + 1), rest + (unit - longer) // tl.maximum(each, 1))
-
-
-@triton.jit
-def weight_of_panel(
-    panel,
-    words_ptr,
-    words1_ptr,
-    words2_ptr,
-    words3_ptr,
-    bias_ptr,
-    bias1_ptr,
-    bias2_ptr,
-    bias3_ptr,
+def store_strip(
+    totals,
+    strip,
+    mine,
+    column,
+    m0,
+    M,
     N,
-    N1,
-    N2,
-    N3,
-    SIBLINGS: tl.constexpr,
-    NUM_WARPS: tl.constexpr,
+    total,
+    lane,
+    bias_ptr,
+    residual_ptr,
+    stride_residual,
+    out_ptr,
+    BLOCKS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
 ):
-    """Words, bias and rows of a panel's weight, its number among the weight's panels, the output column of the weight's first row."""
-    ROWS: tl.constexpr = 16 * NUM_WARPS
-    column = 0
-    if SIBLINGS > 1:
-        rows = N
-        panels = (N + ROWS - 1) // ROWS
-        other = panel >= panels
-        panel = tl.where(other, panel - panels, panel)
-        column = tl.where(other, rows, column)
-        words_ptr = select_pointer(other, words1_ptr, words_ptr)
-        bias_ptr = select_pointer(other, bias1_ptr, bias_ptr)
-        N = tl.where(other, N1, N)
-        if SIBLINGS > 2:
-            panels = (N1 + ROWS - 1) // ROWS
-            other = other & (panel >= panels)
-            panel = tl.where(other, panel - panels, panel)
-            column = tl.where(other, column + N1, column)
-            words_ptr = select_pointer(other, words2_ptr, words_ptr)
-            bias_ptr = select_pointer(other, bias2_ptr, bias_ptr)
-            N = tl.where(other, N2, N)
-        if SIBLINGS > 3:
-            panels = (N2 + ROWS - 1) // ROWS
-            other = other & (panel >= panels)
-            panel = tl.where(other, panel - panels, panel)
-            column = tl.where(other, column + N2, column)
-            words_ptr = select_pointer(other, words3_ptr, words_ptr)
-            bias_ptr = select_pointer(other, bias3_ptr, bias_ptr)
-            N = tl.where(other, N3, N)
-    return words_ptr, bias_ptr, N, panel, column
+    """Sums of a strip and `8 BLOCKS` batch columns from m0 on, as MMAs leave them, to the output, where `mine`."""
+    j = lane % 4
+    row_u = strip * 16 + lane // 4
+    for b in tl.static_range(BLOCKS):
+        for i in tl.static_range(4):
+            row = row_u if i < 2 else row_u + 8
+            m = m0 + 8 * b + 2 * j + i % 2
+            mask = mine & (row < N) & (m < M)
+            value = totals[4 * b + i]
+            if HAS_BIAS:
+                value += load_global(bias_ptr + row, mask).to(tl.float32)
+            if HAS_RESIDUAL:
+                value += load_global(residual_ptr + m.to(tl.int64) * stride_residual + (column + row), mask).to(tl.float32)
+            store_global(out_ptr + m.to(tl.int64) * total + (column + row), value.to(out_ptr.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -202,8 +198,10 @@ def finish(
     totals,
     strip,
     column,
+    part,
     m0,
     M,
+    M_PAD,
     N,
     total,
     lane,
@@ -214,12 +212,6 @@ def finish(
     out_ptr,
     partial_ptr,
     counter_ptr,
-    panel,
-    panels,
-    tiles,
-    each,
-    rest,
-    starts,
     BLOCKS: tl.constexpr,
     SPLIT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -228,56 +220,49 @@ def finish(
 ):
     """Sums of a warp's 16 rows and `8 BLOCKS` batch columns from m0 on, four per thread and block, to the output.
 
-    `panel` is one of `panels`, `strip` the warp's among those of its weight, `starts` says whether the sums begin with the first tile.
-    Parts lie in `partial_ptr` as threads hold them, fp32 `[blocks, 2, warps, BLOCKS, 32, 4]`: of each block a part that begins within a
-    panel, and one that begins with it.
+    Of several parts the last one adds them up: they lie in `partial_ptr` as threads hold them, fp32 `[parts, strips, BLOCKS, 32, 4]`.
     """
-    j = lane % 4
-    r = lane // 4
-    row_u = strip * 16 + r
-    row_v = row_u + 8
-    mine = row_u - r < N
+    splits = tl.num_programs(1)
+    mine = strip * 16 + lane * 0 < N
     if SPLIT:
-        first_block = _block_of(panel * tiles, each, rest)
-        parts = _block_of(panel * tiles + (tiles - 1), each, rest) - first_block + 1
-        if parts > 1:
-            column_block = tl.program_id(1) * tl.num_programs(0)
-            place = (2 * (column_block + tl.program_id(0)) + tl.where(starts, 1, 0)) * NUM_WARPS + warp
-            for b in tl.static_range(BLOCKS):
-                part_ptr = partial_ptr + place.to(tl.int64) * (128 * BLOCKS) + (128 * b + 4 * lane)
-                store_16(part_ptr, totals[4 * b], totals[4 * b + 1], totals[4 * b + 2], totals[4 * b + 3])
-            # strips beyond the last row count too
-            counter = (tl.program_id(1) * panels + panel) * NUM_WARPS + warp
-            mine = mine & (count_in(counter_ptr + counter, lane, NUM_WARPS) == parts - 1)
-            # all loads of a round are under way together, as far as registers go
-            ROUND: tl.constexpr = 8 // BLOCKS if BLOCKS <= 4 else 16 // BLOCKS if BLOCKS <= 16 else 1
-            place = (2 * (column_block + first_block)) * NUM_WARPS + warp
-            summed = ()
-            for _ in tl.static_range(4 * BLOCKS):
-                summed = summed + ((lane * 0).to(tl.float32),)
-            for first in range(0, parts, ROUND):
-                loaded = ()
-                for s in tl.static_range(ROUND):
-                    # only the first one begins with the panel
-                    begins = tl.where(first + s == 0, NUM_WARPS, 0)
-                    for b in tl.static_range(BLOCKS):
-                        part = place + (2 * NUM_WARPS * (first + s) + begins)
-                        part_ptr = partial_ptr + part.to(tl.int64) * (128 * BLOCKS) + (128 * b + 4 * lane)
-                        loaded = loaded + load_16_float(part_ptr, mine & (first + s < parts))
-                for s in tl.static_range(ROUND):
-                    updated = ()
-                    for i in tl.static_range(4 * BLOCKS):
-                        updated = updated + (summed[i] + loaded[4 * BLOCKS * s + i],)
-                    summed = updated
-            totals = summed
-    for b in tl.static_range(BLOCKS):
-        for i in tl.static_range(4):
-            row = row_u if i < 2 else row_v
-            m = m0 + 8 * b + 2 * j + i % 2
-            mask = mine & (row < N) & (m < M)
-            value = totals[4 * b + i]
-            if HAS_BIAS:
-                value += load_global(bias_ptr + row, mask).to(tl.float32)
-            if HAS_RESIDUAL:
-                value += load_global(residual_ptr + m.to(tl.int64) * stride_residual + (column + row), mask).to(tl.float32)
-            store_global(out_ptr + m.to(tl.int64) * total + (column + row), value.to(out_ptr.dtype.element_ty), mask)
+        # strips beyond the last row count too
+        strips = tl.num_programs(0) * tl.num_programs(2) * NUM_WARPS
+        mine_among = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * NUM_WARPS + warp
+        for b in tl.static_range(BLOCKS):
+            place = (part * strips + mine_among).to(tl.int64) * (128 * BLOCKS) + (128 * b + 4 * lane)
+            store_16(partial_ptr + place, totals[4 * b], totals[4 * b + 1], totals[4 * b + 2], totals[4 * b + 3])
+        mine = mine & (count_in(counter_ptr + mine_among, lane, NUM_WARPS) == splits - 1)
+        # all loads of a round are under way together
+        ROUND: tl.constexpr = 8 // BLOCKS if BLOCKS <= 4 else 2
+        totals = ()
+        for _ in tl.static_range(4 * BLOCKS):
+            totals = totals + ((lane * 0).to(tl.float32),)
+        for first in range(0, splits, ROUND):
+            parts = ()
+            for s in tl.static_range(ROUND):
+                for b in tl.static_range(BLOCKS):
+                    place = ((first + s) * strips + mine_among).to(tl.int64) * (128 * BLOCKS) + (128 * b + 4 * lane)
+                    parts = parts + load_16_float(partial_ptr + place, mine & (first + s < splits))
+            for s in tl.static_range(ROUND):
+                summed = ()
+                for i in tl.static_range(4 * BLOCKS):
+                    summed = summed + (totals[i] + parts[4 * BLOCKS * s + i],)
+                totals = summed
+    store_strip(
+        totals,
+        strip,
+        mine,
+        column,
+        m0,
+        M,
+        N,
+        total,
+        lane,
+        bias_ptr,
+        residual_ptr,
+        stride_residual,
+        out_ptr,
+        BLOCKS,
+        HAS_BIAS,
+        HAS_RESIDUAL,
+    )

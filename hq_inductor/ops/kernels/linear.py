@@ -1,14 +1,14 @@
 """Fused linear layer for small batches: words to int8 codes in registers, straight into the tensor cores.
 
 Definition.  `out[m, n] = bias[n] + sum_t act_scale[t, m] * scale[n, t] * (sum_k codes[n, t, k] * x[m, t, k])`, inner sums exact in int32,
-             outer sums in fp32 in order of t; plus `residual[m, n]` if there is one.
+             outer sums in fp32; plus `residual[m, n]` if there is one.
 Storage.     Activations as `hq_inductor.ops.kernels.activations` writes them.
-Work.        A warp owns 16 rows of the weight, and decodes two vectors at a time, one of row r and one of row r + 8: together the A operand
-             of one `mma.m16n8k32`, which every 8 columns of the batch then use. While it decodes a tile, the stream plane of the next one
-             is on its way to shared memory, and the raw words of the next group to registers.
-Ring.        On sm_90, for more than 32 columns: activations come through shared memory once per block, and four warps multiply together
-             while they decode what comes next (`hq_inductor.ops.kernels.warpgroup`). Whole tiles and the scales of activations then come
-             through shared memory too where there is room: so much of it leaves the L1 none for loads on their way.
+Work.        A strip is 16 rows of the weight. SHARING warps share its tiles, warp i of them takes tiles i, i + SHARING, ..., and their sums
+             meet in shared memory: no sum leaves a multiprocessor unfinished, whatever the sizes. A block's warps have a panel of
+             NUM_WARPS / SHARING strips; as many blocks as live at once take panels in turns.
+             A warp decodes two vectors at a time, one of row r and one of row r + 8: together the A operand of one `mma.m16n8k32`, which
+             every 8 columns of the batch then use. While it decodes a tile, the stream plane of the next one is on its way to shared
+             memory, and the raw words of the next group to registers.
 """
 
 from __future__ import annotations
@@ -18,26 +18,101 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .bits import INTERPRETED
-from .blocks import (
-    count_panels,
-    finish,
-    first_unit,
-    load_chunks,
-    load_staged_chunks,
-    select_pointer,
-    stage_scales,
-    stage_stream,
-    stage_tiles,
-    tile_offset,
-    weight_of_panel,
-)
-from .memory import load_16, load_global
-from .shared import TABLE_BYTES, commit_copies, declare_shared, load_shared_floats, load_table, shared_base, wait_copies
+from .blocks import count_panels, load_chunks, stage_stream, store_strip, tile_offset, weight_of_panel
+from .memory import load_16, load_global, store_global
+from .shared import TABLE_BYTES, declare_shared, load_shared_float, load_table, store_shared_16, wait_copies
 from .tile import decode_vector, first_cursor, first_words, load_raw, next_quads, read_header, restore_signs, stream_word
 from .warp import mma_s8
-from .warpgroup import fill, next_products, open_ring, products_wait
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+if INTERPRETED:
+
+    @triton.jit
+    def _meet(totals, thread, SHARING: tl.constexpr, NUM_WARPS: tl.constexpr):
+        """Sums of the warps that share a strip, in all of them."""
+        sums = ()
+        for i in tl.static_range(len(totals)):
+            apart = tl.reshape(totals[i], [NUM_WARPS // SHARING, SHARING, 32])
+            together = tl.broadcast_to(tl.sum(apart, 1)[:, None, :], [NUM_WARPS // SHARING, SHARING, 32])
+            sums = sums + (tl.reshape(together, [32 * NUM_WARPS]),)
+        return sums
+
+
+@triton.jit
+def _finish_panel(
+    totals,
+    strips,
+    column,
+    m0,
+    M,
+    N,
+    total,
+    thread,
+    sums_address,
+    bias_ptr,
+    residual_ptr,
+    stride_residual,
+    out_ptr,
+    BLOCKS: tl.constexpr,
+    SHARING: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    NUM_WARPS: tl.constexpr,
+):
+    """Sums of a block's strips, `strips` and on, to the output; `totals` as MMAs leave them, `sums_address` of `SUMS_BYTES`."""
+    lane = thread % 32
+    warp = thread // 32
+    if SHARING == 1 or _INTERPRETED:
+        if SHARING > 1:
+            totals = _meet(totals, thread, SHARING, NUM_WARPS)
+        store_strip(
+            totals,
+            strips + warp // SHARING,
+            warp % SHARING == 0,
+            column,
+            m0,
+            M,
+            N,
+            total,
+            lane,
+            bias_ptr,
+            residual_ptr,
+            stride_residual,
+            out_ptr,
+            BLOCKS,
+            HAS_BIAS,
+            HAS_RESIDUAL,
+        )
+    else:
+        OUTPUTS: tl.constexpr = 128 * NUM_WARPS // SHARING  # of a block of 8 columns
+        for b in tl.static_range(BLOCKS):
+            # two buffers in turns: one barrier is enough
+            buffer = sums_address + (b % 2) * (512 * NUM_WARPS)
+            store_shared_16(buffer + 16 * thread, totals[4 * b], totals[4 * b + 1], totals[4 * b + 2], totals[4 * b + 3])
+            tl.debug_barrier()
+            for first in tl.static_range(0, OUTPUTS, 32 * NUM_WARPS):
+                output = first + thread
+                # neighbours have neighbouring rows, which lie side by side in the output
+                row = output % 16
+                m = output // 16 % 8
+                strip = output // 128
+                place = buffer + strip * (512 * SHARING) + (64 * (row % 8) + 16 * (m // 2) + 8 * (row // 8) + 4 * (m % 2))
+                value = load_shared_float(place)
+                for s in tl.static_range(1, SHARING):
+                    value += load_shared_float(place + 512 * s)
+                n = (strips + strip) * 16 + row
+                m = m0 + 8 * b + m
+                mask = (output < OUTPUTS) & (n < N) & (m < M)
+                if HAS_BIAS:
+                    value += load_global(bias_ptr + n, mask).to(tl.float32)
+                if HAS_RESIDUAL:
+                    value += load_global(residual_ptr + m.to(tl.int64) * stride_residual + (column + n), mask).to(tl.float32)
+                store_global(out_ptr + m.to(tl.int64) * total + (column + n), value.to(out_ptr.dtype.element_ty), mask)
+        if BLOCKS % 2 == 1:
+            # the next panel begins with the same buffer
+            tl.debug_barrier()
 
 
 @triton.jit
@@ -60,20 +135,17 @@ def _multiply_group(
     ROW_BYTES: tl.constexpr,
     BLOCKS: tl.constexpr,
     NUM_WARPS: tl.constexpr,
-    STEPS: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
-    """Decode a group of both rows and add its products to `sums`; of a ring the last ones are left under way.
+    """Decode a group of both rows and add its products to `sums`.
 
-    `source` is where activations come from: their pointer and the distance of two MMAs, with `place` the offset of the next ones; or, with
-    STAGES, what `next_products` takes.
+    `source` is the activations' pointer and the distance of two MMAs, `place` the offset of the next ones.
     """
     AHEAD: tl.constexpr = BLOCKS if BLOCKS <= 2 else 1
     first_u, second_u, x_u, first_v, second_v, x_v = cursors
     signs_u = restore_signs(raw_u, K, LATTICE)
     signs_v = restore_signs(raw_v, K, LATTICE)
     for v in tl.static_range(4):
-        if STAGES == 0 and v % 2 == 0:
+        if v % 2 == 0:
             # long before they are multiplied, as far as registers go
             x_ptr = source[0] + place
             columns = ()
@@ -87,9 +159,7 @@ def _multiply_group(
         )
         a0, a2 = decode_vector(e0, e1, v, signs_u, raw_u, K, SHIFT, LATTICE)
         a1, a3 = decode_vector(f0, f1, v, signs_v, raw_v, K, SHIFT, LATTICE)
-        if STAGES > 0:
-            sums, place = next_products(sums, a0, a1, a2, a3, place, source, v % STEPS, 8 * BLOCKS, STEPS, STAGES, NUM_WARPS)
-        elif v % 2 == 0:
+        if v % 2 == 0:
             held0 = a0
             held1 = a1
             held2 = a2
@@ -109,32 +179,15 @@ def _multiply_group(
     return sums, (first_u, second_u, x_u, first_v, second_v, x_v), place
 
 
-@triton.jit
-def _zeros(thread, COUNT: tl.constexpr):
-    zeros = ()
-    for _ in tl.static_range(COUNT):
-        zeros = zeros + ((thread * 0).to(tl.float32),)
-    return zeros
-
-
-@triton.jit
-def _weight_of(panel, pointers, rows, SIBLINGS: tl.constexpr, NUM_WARPS: tl.constexpr):
-    words, words1, words2, words3, bias, bias1, bias2, bias3 = pointers
-    n, n1, n2, n3 = rows
-    return weight_of_panel(panel, words, words1, words2, words3, bias, bias1, bias2, bias3, n, n1, n2, n3, SIBLINGS, NUM_WARPS)
-
-
-@triton.jit
-def linear_block(
-    thread,  # number of the thread
+# one binary for all sizes
+@triton.jit(do_not_specialize=["M", "M_PAD", "N", "N1", "N2", "N3", "tiles"])
+def linear_kernel(
     words_ptr,  # [N, tiles, WORDS] int32
     table_ptr,  # [4096] int32
-    x_ptr,  # [tiles * TILE / 64, M_PAD, 64] int8, or with STAGES [M_PAD / COLUMNS, tiles * TILE / 16, COLUMNS, 16]
+    x_ptr,  # [tiles * TILE / 64, M_PAD, 64] int8
     act_scale_ptr,  # [tiles, M_PAD] fp32
     bias_ptr,  # [N], or anything if not HAS_BIAS
     out_ptr,  # [M, N + N1 + N2 + N3]
-    partial_ptr,  # fp32 if SPLIT: `finish`
-    counter_ptr,  # [batch columns / COLUMNS, panels, warps] int32 zeros if SPLIT
     M,
     M_PAD,
     N,
@@ -162,179 +215,130 @@ def linear_block(
     ALIGNED: tl.constexpr,
     ROW_BYTES: tl.constexpr,
     COLUMNS: tl.constexpr,
-    SPLIT: tl.constexpr,
+    SHARING: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     SIBLINGS: tl.constexpr,
     NUM_WARPS: tl.constexpr,
     PDL: tl.constexpr,
-    STEPS: tl.constexpr,  # with STAGES: steps of 32 coefficients per chunk
-    STAGES: tl.constexpr,  # chunks in the ring; 0: no ring, activations through the L1
-    STAGED: tl.constexpr,  # whole tiles, and the activations' scales, come through shared memory; needs CHUNKED and a ring
-    SHARED: tl.constexpr,  # symbol of the block's shared memory
 ):
-    """Program (i, c): run i of the units (`hq_inductor.ops.kernels.blocks`), batch columns COLUMNS c on."""
+    """Program (i, c): every `num_programs(0)`-th panel from the i-th on, batch columns COLUMNS c on."""
     STREAM: tl.constexpr = WORDS - RAW
     END: tl.constexpr = 32 * STREAM
     GROUPS: tl.constexpr = TILE // 128
     BLOCKS: tl.constexpr = COLUMNS // 8  # n-blocks of the MMA
+    STRIPS: tl.constexpr = NUM_WARPS // SHARING  # of a panel
     # 16-byte loads of the raw words; unrolled, so short tiles only
     CHUNKED: tl.constexpr = ALIGNED and LATTICE != "d4" and GROUPS <= 4 and K * GROUPS % 4 == 0
     FIRST: tl.constexpr = (K - 1) // 4 + 1  # 16-byte loads that the first group needs
 
-    panels = count_panels(N, N1, N2, N3, SIBLINGS, NUM_WARPS)
-    total = N
-    if SIBLINGS > 1:
-        total += N1
-    if SIBLINGS > 2:
-        total += N2
-    if SIBLINGS > 3:
-        total += N3
-    each = panels * tiles // tl.num_programs(0)
-    rest = panels * tiles % tl.num_programs(0)
-    begin = first_unit(tl.program_id(0), each, rest)
-    end = first_unit(tl.program_id(0) + 1, each, rest)
-    panel = begin // tiles
-    t = begin % tiles
-    pointers = (words_ptr, words1_ptr, words2_ptr, words3_ptr, bias_ptr, bias1_ptr, bias2_ptr, bias3_ptr)
-    rows = (N, N1, N2, N3)
-    words_ptr, bias_ptr, N, weight_panel, column = _weight_of(panel, pointers, rows, SIBLINGS, NUM_WARPS)
-    m0 = tl.program_id(1) * COLUMNS
+    thread = tl.arange(0, 32 * NUM_WARPS)
     lane = thread % 32
     warp = thread // 32
+    share = warp % SHARING
     j = lane % 4
     r = lane // 4
     odd = lane % 2
-    strip = weight_panel * NUM_WARPS + warp
-    starts = t == 0
+    pointers = (words_ptr, words1_ptr, words2_ptr, words3_ptr, bias_ptr, bias1_ptr, bias2_ptr, bias3_ptr)
+    rows = (N, N1, N2, N3)
+    panels, total = count_panels(rows, SIBLINGS, 16 * STRIPS)
+    panel = tl.program_id(0)
+    words_ptr, bias_ptr, N, weight_panel, column = weight_of_panel(panel, pointers, rows, SIBLINGS, 16 * STRIPS)
+    m0 = tl.program_id(1) * COLUMNS
+    strip = weight_panel * STRIPS + warp // SHARING
+    turns = (tiles + SHARING - 1) // SHARING
+    t = share
 
     # offsets of 32 bits from here on, where registers are dear: a weight has less than 2^31 words
     x_step = M_PAD * 64
     x_row = (m0 + r) * 64 + j * 16
     # of a warp: two buffers, used in turns
-    STRIDE: tl.constexpr = 4 * WORDS + 16 if STAGED else ROW_BYTES + 8
-    BUFFER: tl.constexpr = 16 * STRIDE
-    CHUNK: tl.constexpr = 32 * STEPS * COLUMNS
+    BUFFER: tl.constexpr = 16 * (ROW_BYTES + 8)
     table_address = thread * 0
     buffers = thread * 0
-    scales = thread * 0
-    slots = 0
-    barriers = 0
+    sums_address = thread * 0
     if not _INTERPRETED:
-        table_address = shared_base(thread, SHARED)
+        table_address = declare_shared(thread)
         load_table(table_ptr, table_address, thread, NUM_WARPS)
-        buffers = table_address + TABLE_BYTES + warp * (2 * BUFFER)
-        if STAGES > 0:
-            after: tl.constexpr = TABLE_BYTES + NUM_WARPS * 2 * (BUFFER if ROW_BYTES > 0 else 0)
-            scales = table_address + after + warp * (8 * COLUMNS)
-            slots = shared_base(begin, SHARED) + (after + (NUM_WARPS * 8 * COLUMNS if STAGED else 0))
-            barriers = slots + STAGES * CHUNK
-            open_ring(barriers, thread, STAGES, NUM_WARPS)
-        if STAGED:
-            stage_tiles(words_ptr, strip, t, N, tiles, lane, buffers, WORDS, STRIDE)
-        elif ROW_BYTES > 0:
+        staged: tl.constexpr = 2 * BUFFER if ROW_BYTES > 0 else 0
+        buffers = table_address + TABLE_BYTES + warp * staged
+        sums_address = table_address + (TABLE_BYTES + NUM_WARPS * staged)
+        if ROW_BYTES > 0:
             stage_stream(words_ptr, strip, t, N, tiles, lane, buffers, RAW, WORDS, ROW_BYTES, ALIGNED)
     tile_u = tile_offset(strip, r, t, N, tiles, WORDS)
     tile_v = tile_offset(strip, r + 8, t, N, tiles, WORDS)
-    if CHUNKED and not STAGED:
+    if CHUNKED:
         ahead_u = load_chunks((), words_ptr + tile_u, j, 0, FIRST)
         ahead_v = load_chunks((), words_ptr + tile_v, j, 0, FIRST)
-    elif not STAGED:
+    else:
         ahead_u = load_raw(words_ptr + tile_u, 0, j, K, LATTICE, GROUPS)
         ahead_v = load_raw(words_ptr + tile_v, 0, j, K, LATTICE, GROUPS)
     if not _INTERPRETED:
-        commit_copies(lane)
         wait_copies(lane)
         tl.debug_barrier()
     if PDL:
         # all above reads only constants, and may run while the kernel before, which writes the activations, still does
         gdc_wait()
-    place = x_row
-    source = (x_ptr, x_step)
-    if STAGES > 0:
-        x_ptr += tl.program_id(1).to(tl.int64) * (tiles * (TILE * COLUMNS))
-        per_tile: tl.constexpr = TILE // (32 * STEPS)
-        chunks = (end - begin) * per_tile
-        of_row = tiles * per_tile
-        place = (0, 0, 0, 0, 0, 0, 0, t * per_tile, (t * per_tile + STAGES) % of_row)  # as `next_products` has it
-        source = (x_ptr, slots, barriers, chunks, of_row, thread, lane)
-        if STAGED:
-            stage_scales(act_scale_ptr + t * M_PAD + m0, lane, scales, COLUMNS)
-            commit_copies(lane)
-        for stage in tl.static_range(STAGES):
-            chunk_ptr = x_ptr + CHUNK * ((t * per_tile + stage) % of_row)
-            fill(thread + tl.where(stage < chunks, 0, 256), barriers + 8 * stage, slots + CHUNK * stage, chunk_ptr, CHUNK)
     # bits before the rows' stream planes: in shared memory, or of a plane by itself
     bits_u = thread * 0
     bits_v = bits_u
 
-    totals = _zeros(thread, 4 * BLOCKS)
-    for unit in range(begin, end):
+    totals = ()
+    for _ in tl.static_range(4 * BLOCKS):
+        totals = totals + ((thread * 0).to(tl.float32),)
+    buffer = 0
+    turn = 0
+    rounds = turns * ((panels - panel + tl.num_programs(0) - 1) // tl.num_programs(0))
+    for i in range(rounds):
         # what comes next: the same again after the last one
-        last = unit + 1 == end
-        wraps = (t + 1 == tiles) & (unit + 1 < end)
-        next_t = tl.where(last, t, tl.where(wraps, 0, t + 1))
-        next_panel = tl.where(wraps, panel + 1, panel)
-        next_words_ptr, next_bias_ptr, next_N, next_weight_panel, next_column = _weight_of(next_panel, pointers, rows, SIBLINGS, NUM_WARPS)
-        next_strip = next_weight_panel * NUM_WARPS + warp
+        wraps = turn + 1 == turns
+        next_panel = tl.where(wraps & (i + 1 < rounds), panel + tl.num_programs(0), panel)
+        next_t = tl.where(wraps, share, t + SHARING)
+        next_words_ptr, next_bias_ptr, next_N, next_weight_panel, next_column = weight_of_panel(
+            next_panel, pointers, rows, SIBLINGS, 16 * STRIPS
+        )
+        next_strip = next_weight_panel * STRIPS + warp // SHARING
         # not read where the planes have copies
         streams = (words_ptr + tile_u + RAW, words_ptr + tile_v + RAW)
         if ROW_BYTES > 0:
             wait_copies(lane)
-            turn = (unit - begin) & 1
-            tile_address = buffers + (turn * BUFFER + r * STRIDE)
-            bits_u = (tile_address + (4 * RAW if STAGED else 0)) * 8
-            bits_v = bits_u + 8 * 8 * STRIDE
-            other = buffers + (BUFFER - turn * BUFFER)
-            if STAGED:
-                stage_tiles(next_words_ptr, next_strip, next_t, next_N, tiles, lane, other, WORDS, STRIDE)
-                next_ptr = act_scale_ptr + next_t * M_PAD + m0
-                stage_scales(next_ptr, lane, scales + (4 * COLUMNS - turn * (4 * COLUMNS)), COLUMNS)
-                commit_copies(lane)
-            else:
-                stage_stream(next_words_ptr, next_strip, next_t, next_N, tiles, lane, other, RAW, WORDS, ROW_BYTES, ALIGNED)
-        column_ptr = act_scale_ptr + t * M_PAD + m0 + 2 * j
+            bits_u = (buffers + (buffer * BUFFER + r * (ROW_BYTES + 8))) * 8
+            bits_v = bits_u + 8 * 8 * (ROW_BYTES + 8)
+            buffer = 1 - buffer
+            stage_stream(next_words_ptr, next_strip, next_t, next_N, tiles, lane, buffers + buffer * BUFFER, RAW, WORDS, ROW_BYTES, ALIGNED)
+        inside = tl.minimum(t, tiles - 1)
+        column_ptr = act_scale_ptr + inside * M_PAD + m0 + 2 * j
         column_scales = ()
-        if BLOCKS <= 2 and not STAGED:
+        if BLOCKS <= 2:
             # under way long before the end of the tile, as far as registers go
             for b in tl.static_range(BLOCKS):
                 column_scales = column_scales + (load_global(column_ptr + 8 * b), load_global(column_ptr + 8 * b + 1))
         scale_u, wall_u = read_header(stream_word(streams[0], bits_u, STREAM, ROW_BYTES), END, WALL_UNIT, GAIN)
         scale_v, wall_v = read_header(stream_word(streams[1], bits_v, STREAM, ROW_BYTES), END, WALL_UNIT, GAIN)
+        # warps beyond the last tile decode it again for nothing
+        scale_u = tl.where(t < tiles, scale_u, 0.0)
+        scale_v = tl.where(t < tiles, scale_v, 0.0)
         x_u = first_cursor(bits_u, wall_u, j, END)
         x_v = first_cursor(bits_v, wall_v, j, END)
         first_u, second_u = first_words(streams[0], x_u, STREAM, ROW_BYTES)
         first_v, second_v = first_words(streams[1], x_v, STREAM, ROW_BYTES)
         cursors = (first_u, second_u, x_u, first_v, second_v, x_v)
-        if STAGES == 0:
-            place = x_row + (t * (TILE // 64)) * x_step
+        place = x_row + (inside * (TILE // 64)) * x_step
 
         sums = ()
         for _ in tl.static_range(4 * BLOCKS):
             sums = sums + (thread * 0,)
+        next_u = tile_offset(next_strip, r, next_t, next_N, tiles, WORDS)
+        next_v = tile_offset(next_strip, r + 8, next_t, next_N, tiles, WORDS)
         if CHUNKED:
-            if STAGED:
-                words_u = load_staged_chunks((), tile_address, j, 0, FIRST)
-                words_v = load_staged_chunks((), tile_address + 8 * STRIDE, j, 0, FIRST)
-            else:
-                words_u = ahead_u
-                words_v = ahead_v
+            words_u = ahead_u
+            words_v = ahead_v
             for g in tl.static_range(GROUPS):
                 # what the next group needs is under way while this one is decoded
-                if STAGED and g + 1 < GROUPS:
-                    words_u = load_staged_chunks(words_u, tile_address, j, (K * g + K - 1) // 4 + 1, (K * g + 2 * K - 1) // 4 + 1)
-                    words_v = load_staged_chunks(
-                        words_v, tile_address + 8 * STRIDE, j, (K * g + K - 1) // 4 + 1, (K * g + 2 * K - 1) // 4 + 1
-                    )
-                elif STAGED:
-                    next_u = tile_u
-                    next_v = tile_v
-                elif g + 1 < GROUPS:
+                if g + 1 < GROUPS:
                     words_u = load_chunks(words_u, words_ptr + tile_u, j, (K * g + K - 1) // 4 + 1, (K * g + 2 * K - 1) // 4 + 1)
                     words_v = load_chunks(words_v, words_ptr + tile_v, j, (K * g + K - 1) // 4 + 1, (K * g + 2 * K - 1) // 4 + 1)
                 else:
-                    next_u = tile_offset(next_strip, r, next_t, next_N, tiles, WORDS)
-                    next_v = tile_offset(next_strip, r + 8, next_t, next_N, tiles, WORDS)
                     ahead_u = load_chunks((), next_words_ptr + next_u, j, 0, FIRST)
                     ahead_v = load_chunks((), next_words_ptr + next_v, j, 0, FIRST)
                 raw_u = ()
@@ -348,7 +352,7 @@ def linear_block(
                     raw_v,
                     cursors,
                     place,
-                    source,
+                    (x_ptr, x_step),
                     odd,
                     streams,
                     table_ptr,
@@ -361,27 +365,22 @@ def linear_block(
                     ROW_BYTES,
                     BLOCKS,
                     NUM_WARPS,
-                    STEPS,
-                    STAGES,
                 )
         else:
-            next_u = tile_offset(next_strip, r, next_t, next_N, tiles, WORDS)
-            next_v = tile_offset(next_strip, r + 8, next_t, next_N, tiles, WORDS)
             for g in range(GROUPS):
                 raw_u = ahead_u
                 raw_v = ahead_v
-                g_next = (g + 1) % GROUPS
                 more = g + 1 < GROUPS
-                ahead_ptr = select_pointer(more, words_ptr, next_words_ptr)
-                ahead_u = load_raw(ahead_ptr + tl.where(more, tile_u, next_u), g_next, j, K, LATTICE, GROUPS)
-                ahead_v = load_raw(ahead_ptr + tl.where(more, tile_v, next_v), g_next, j, K, LATTICE, GROUPS)
+                ahead_ptr = tl.where(more, words_ptr.to(tl.int64), next_words_ptr.to(tl.int64)).to(words_ptr.dtype)
+                ahead_u = load_raw(ahead_ptr + tl.where(more, tile_u, next_u), (g + 1) % GROUPS, j, K, LATTICE, GROUPS)
+                ahead_v = load_raw(ahead_ptr + tl.where(more, tile_v, next_v), (g + 1) % GROUPS, j, K, LATTICE, GROUPS)
                 sums, cursors, place = _multiply_group(
                     sums,
                     raw_u,
                     raw_v,
                     cursors,
                     place,
-                    source,
+                    (x_ptr, x_step),
                     odd,
                     streams,
                     table_ptr,
@@ -394,169 +393,57 @@ def linear_block(
                     ROW_BYTES,
                     BLOCKS,
                     NUM_WARPS,
-                    STEPS,
-                    STAGES,
                 )
 
-        if STAGES > 0:
-            sums = products_wait(sums, COLUMNS)
-        if STAGED:
-            for b in tl.static_range(BLOCKS):
-                column_scales = column_scales + load_shared_floats(scales + (turn * (4 * COLUMNS) + 32 * b + 8 * j))
-        elif BLOCKS > 2:
+        if BLOCKS > 2:
             for b in tl.static_range(BLOCKS):
                 column_scales = column_scales + (load_global(column_ptr + 8 * b), load_global(column_ptr + 8 * b + 1))
-        updated_totals = ()
+        updated = ()
         for b in tl.static_range(BLOCKS):
             s0 = column_scales[2 * b]
             s1 = column_scales[2 * b + 1]
-            updated_totals = updated_totals + (
+            updated = updated + (
                 totals[4 * b] + sums[4 * b].to(tl.float32) * (s0 * scale_u),
                 totals[4 * b + 1] + sums[4 * b + 1].to(tl.float32) * (s1 * scale_u),
                 totals[4 * b + 2] + sums[4 * b + 2].to(tl.float32) * (s0 * scale_v),
                 totals[4 * b + 3] + sums[4 * b + 3].to(tl.float32) * (s1 * scale_v),
             )
-        totals = updated_totals
-        if last | wraps:
+        totals = updated
+        if wraps:
             if PDL:
                 # not before: what starts early takes its place among the blocks of this kernel that still wait for theirs
                 gdc_launch_dependents()
-            finish(
+            _finish_panel(
                 totals,
-                strip,
+                weight_panel * STRIPS,
                 column,
                 m0,
                 M,
                 N,
                 total,
-                lane,
-                warp,
+                thread,
+                sums_address,
                 bias_ptr,
                 residual_ptr,
                 stride_residual,
                 out_ptr,
-                partial_ptr,
-                counter_ptr,
-                panel,
-                panels,
-                tiles,
-                each,
-                rest,
-                starts,
                 BLOCKS,
-                SPLIT,
+                SHARING,
                 HAS_BIAS,
                 HAS_RESIDUAL,
                 NUM_WARPS,
             )
-            totals = _zeros(thread, 4 * BLOCKS)
-        starts = starts | wraps
+            totals = ()
+            for _ in tl.static_range(4 * BLOCKS):
+                totals = totals + ((thread * 0).to(tl.float32),)
+        turn = tl.where(wraps, 0, turn + 1)
+        t = next_t
         tile_u = next_u
         tile_v = next_v
-        t = next_t
         panel = next_panel
         words_ptr = next_words_ptr
         bias_ptr = next_bias_ptr
         N = next_N
+        weight_panel = next_weight_panel
         column = next_column
         strip = next_strip
-
-
-# one binary for all sizes
-@triton.jit(do_not_specialize=["M", "M_PAD", "N", "N1", "N2", "N3", "tiles"])
-def linear_kernel(
-    words_ptr,  # [N, tiles, WORDS] int32
-    table_ptr,  # [4096] int32
-    x_ptr,  # [tiles * TILE / 64, M_PAD, 64] int8, or with STAGES [M_PAD / COLUMNS, tiles * TILE / 16, COLUMNS, 16]
-    act_scale_ptr,  # [tiles, M_PAD] fp32
-    bias_ptr,  # [N], or anything if not HAS_BIAS
-    out_ptr,  # [M, N + N1 + N2 + N3]
-    partial_ptr,  # fp32 if SPLIT: `finish`
-    counter_ptr,  # [batch columns / COLUMNS, panels, warps] int32 zeros if SPLIT
-    M,
-    M_PAD,
-    N,
-    tiles,
-    residual_ptr,  # [M, N + N1 + N2 + N3], rows stride_residual apart, or anything if not HAS_RESIDUAL
-    stride_residual,
-    words1_ptr,  # siblings, for SIBLINGS > 1, 2, 3
-    words2_ptr,
-    words3_ptr,
-    bias1_ptr,
-    bias2_ptr,
-    bias3_ptr,
-    N1,
-    N2,
-    N3,
-    LATTICE: tl.constexpr,
-    K: tl.constexpr,
-    SHIFT: tl.constexpr,
-    GAIN: tl.constexpr,
-    LENGTH_PLACE: tl.constexpr,
-    TILE: tl.constexpr,
-    WORDS: tl.constexpr,
-    RAW: tl.constexpr,
-    WALL_UNIT: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    ROW_BYTES: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    SIBLINGS: tl.constexpr,
-    NUM_WARPS: tl.constexpr,
-    PDL: tl.constexpr,
-    STEPS: tl.constexpr,  # with STAGES: steps of 32 coefficients per chunk
-    STAGES: tl.constexpr,  # chunks in the ring; 0: no ring, activations through the L1
-):
-    thread = tl.arange(0, 32 * NUM_WARPS)
-    if not _INTERPRETED:
-        declare_shared(thread)
-    linear_block(
-        thread,
-        words_ptr,
-        table_ptr,
-        x_ptr,
-        act_scale_ptr,
-        bias_ptr,
-        out_ptr,
-        partial_ptr,
-        counter_ptr,
-        M,
-        M_PAD,
-        N,
-        tiles,
-        residual_ptr,
-        stride_residual,
-        words1_ptr,
-        words2_ptr,
-        words3_ptr,
-        bias1_ptr,
-        bias2_ptr,
-        bias3_ptr,
-        N1,
-        N2,
-        N3,
-        LATTICE,
-        K,
-        SHIFT,
-        GAIN,
-        LENGTH_PLACE,
-        TILE,
-        WORDS,
-        RAW,
-        WALL_UNIT,
-        ALIGNED,
-        ROW_BYTES,
-        COLUMNS,
-        SPLIT,
-        HAS_BIAS,
-        HAS_RESIDUAL,
-        SIBLINGS,
-        NUM_WARPS,
-        PDL,
-        STEPS,
-        STAGES,
-        False,
-        "hq_shared",
-    )

@@ -1,33 +1,98 @@
-"""The fused linear kernel with shared memory as large as it likes: Gluon allocates it, `hq_inductor.ops.kernels.linear` is the rest.
+"""Fused linear layer for batches of more than 32 on sm_90: as `hq_inductor.ops.kernels.linear`, with activations through a ring.
 
-Triton itself allocates shared memory only for its own conversions, and 48 KiB are the most that inline PTX may declare.
+Work.        A warp owns 16 rows of the weight. Activations come through shared memory once per block, and four warps multiply together while
+             they decode what comes next (`hq_inductor.ops.kernels.warpgroup`). Whole tiles and the scales of activations come through
+             shared memory too where there is room: so much of it leaves the L1 none for loads on their way.
+Memory.      Triton itself allocates shared memory only for its own conversions, and 48 KiB are the most that inline PTX may declare. Gluon
+             allocates as much as there is; the rest is plain Triton.
 """
 
 from __future__ import annotations
 
+import triton
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .linear import linear_block
+from .bits import INTERPRETED
+from .blocks import (
+    count_panels,
+    finish,
+    load_chunks,
+    load_staged_chunks,
+    stage_scales,
+    stage_stream,
+    stage_tiles,
+    tile_offset,
+    weight_of_panel,
+)
+from .memory import load_global
+from .shared import TABLE_BYTES, commit_copies, load_shared_floats, load_table, shared_base, wait_copies
+from .tile import decode_vector, first_cursor, first_words, load_raw, next_quads, read_header, restore_signs, stream_word
+from .warpgroup import fill, next_products, open_ring, products_wait
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
 
 
-@gluon.jit(do_not_specialize=["M", "M_PAD", "N", "N1", "N2", "N3", "tiles"])
-def ring_linear_kernel(
-    words_ptr,
+@triton.jit
+def _multiply_group(
+    sums,
+    raw_u,
+    raw_v,
+    cursors,
+    place,
+    source,
+    odd,
+    streams,
     table_ptr,
-    x_ptr,
-    act_scale_ptr,
-    bias_ptr,
-    out_ptr,
-    partial_ptr,
-    counter_ptr,
+    table_address,
+    LATTICE: tl.constexpr,
+    K: tl.constexpr,
+    SHIFT: tl.constexpr,
+    LENGTH_PLACE: tl.constexpr,
+    STREAM: tl.constexpr,
+    ROW_BYTES: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    NUM_WARPS: tl.constexpr,
+    STEPS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Decode a group of both rows and add its products to `sums`, the last ones left under way; `place` and `source` of `next_products`."""
+    first_u, second_u, x_u, first_v, second_v, x_v = cursors
+    signs_u = restore_signs(raw_u, K, LATTICE)
+    signs_v = restore_signs(raw_v, K, LATTICE)
+    for v in tl.static_range(4):
+        e0, e1, first_u, second_u, x_u = next_quads(
+            first_u, second_u, x_u, odd, streams[0], table_ptr, table_address, LENGTH_PLACE, STREAM, ROW_BYTES
+        )
+        f0, f1, first_v, second_v, x_v = next_quads(
+            first_v, second_v, x_v, odd, streams[1], table_ptr, table_address, LENGTH_PLACE, STREAM, ROW_BYTES
+        )
+        a0, a2 = decode_vector(e0, e1, v, signs_u, raw_u, K, SHIFT, LATTICE)
+        a1, a3 = decode_vector(f0, f1, v, signs_v, raw_v, K, SHIFT, LATTICE)
+        sums, place = next_products(sums, a0, a1, a2, a3, place, source, v % STEPS, 8 * BLOCKS, STEPS, STAGES, NUM_WARPS)
+    return sums, (first_u, second_u, x_u, first_v, second_v, x_v), place
+
+
+@triton.jit
+def _ring_block(
+    thread,  # number of the thread
+    words_ptr,  # [N, tiles, WORDS] int32
+    table_ptr,  # [4096] int32
+    x_ptr,  # [M_PAD / COLUMNS, tiles * TILE / 16, COLUMNS, 16] int8
+    act_scale_ptr,  # [tiles, M_PAD] fp32
+    bias_ptr,  # [N], or anything if not HAS_BIAS
+    out_ptr,  # [M, N + N1 + N2 + N3]
+    partial_ptr,  # fp32 if SPLIT: `finish`
+    counter_ptr,  # [blocks] int32 zeros if SPLIT
     M,
     M_PAD,
     N,
     tiles,
-    residual_ptr,
+    residual_ptr,  # [M, N + N1 + N2 + N3], rows stride_residual apart, or anything if not HAS_RESIDUAL
     stride_residual,
-    words1_ptr,
+    words1_ptr,  # siblings, for SIBLINGS > 1, 2, 3
     words2_ptr,
     words3_ptr,
     bias1_ptr,
@@ -36,36 +101,275 @@ def ring_linear_kernel(
     N1,
     N2,
     N3,
-    LATTICE: gl.constexpr,
-    K: gl.constexpr,
-    SHIFT: gl.constexpr,
-    GAIN: gl.constexpr,
-    LENGTH_PLACE: gl.constexpr,
-    TILE: gl.constexpr,
-    WORDS: gl.constexpr,
-    RAW: gl.constexpr,
-    WALL_UNIT: gl.constexpr,
-    ALIGNED: gl.constexpr,
-    ROW_BYTES: gl.constexpr,
-    COLUMNS: gl.constexpr,
-    SPLIT: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
-    HAS_RESIDUAL: gl.constexpr,
-    SIBLINGS: gl.constexpr,
-    NUM_WARPS: gl.constexpr,
-    PDL: gl.constexpr,
-    STEPS: gl.constexpr,
-    STAGES: gl.constexpr,
-    STAGED: gl.constexpr,
-    SHARED_KB: gl.constexpr,
+    LATTICE: tl.constexpr,
+    K: tl.constexpr,
+    SHIFT: tl.constexpr,
+    GAIN: tl.constexpr,
+    LENGTH_PLACE: tl.constexpr,
+    TILE: tl.constexpr,
+    WORDS: tl.constexpr,
+    RAW: tl.constexpr,
+    WALL_UNIT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROW_BYTES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    SIBLINGS: tl.constexpr,
+    NUM_WARPS: tl.constexpr,
+    PDL: tl.constexpr,
+    STEPS: tl.constexpr,  # steps of 32 coefficients per chunk
+    STAGES: tl.constexpr,  # chunks in the ring
+    STAGED: tl.constexpr,  # whole tiles, and the activations' scales, come through shared memory; needs CHUNKED
+    SHARED: tl.constexpr,  # symbol of the block's shared memory
 ):
-    """As `linear_kernel`, with a ring."""
-    thread = gl.arange(0, 32 * NUM_WARPS, layout=gl.BlockedLayout([1], [32], [NUM_WARPS], [0]))
-    memory = gl.allocate_shared_memory(gl.int32, [SHARED_KB, 256], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
-    # a use of it, or the compiler would not declare its symbol
-    memory.index(0).store(gl.arange(0, 256, layout=gl.BlockedLayout([1], [32], [NUM_WARPS], [0])))
-    linear_block(
-        thread,
+    """Program (i, p, c): rows 16 NUM_WARPS i on, part p of the tiles, batch columns COLUMNS c on."""
+    STREAM: tl.constexpr = WORDS - RAW
+    END: tl.constexpr = 32 * STREAM
+    GROUPS: tl.constexpr = TILE // 128
+    BLOCKS: tl.constexpr = COLUMNS // 8  # n-blocks of the MMA
+    # 16-byte loads of the raw words; unrolled, so short tiles only
+    CHUNKED: tl.constexpr = ALIGNED and LATTICE != "d4" and GROUPS <= 4 and K * GROUPS % 4 == 0
+    FIRST: tl.constexpr = (K - 1) // 4 + 1  # 16-byte loads that the first group needs
+
+    pointers = (words_ptr, words1_ptr, words2_ptr, words3_ptr, bias_ptr, bias1_ptr, bias2_ptr, bias3_ptr)
+    rows = (N, N1, N2, N3)
+    _, total = count_panels(rows, SIBLINGS, 16 * NUM_WARPS)
+    words_ptr, bias_ptr, N, panel, column = weight_of_panel(tl.program_id(0), pointers, rows, SIBLINGS, 16 * NUM_WARPS)
+    part = tl.program_id(1)
+    m0 = tl.program_id(2) * COLUMNS
+    lane = thread % 32
+    warp = thread // 32
+    j = lane % 4
+    r = lane // 4
+    odd = lane % 2
+    strip = panel * NUM_WARPS + warp
+    splits = tl.num_programs(1)
+    first_tile = part * tiles // splits
+    last_tile = (part + 1) * tiles // splits
+
+    # offsets of 32 bits from here on, where registers are dear: a weight has less than 2^31 words
+    # of a warp: two buffers, used in turns
+    STRIDE: tl.constexpr = 4 * WORDS + 16 if STAGED else ROW_BYTES + 8
+    BUFFER: tl.constexpr = 16 * STRIDE
+    CHUNK: tl.constexpr = 32 * STEPS * COLUMNS
+    table_address = thread * 0
+    buffers = thread * 0
+    scales = thread * 0
+    slots = 0
+    barriers = 0
+    if not _INTERPRETED:
+        table_address = shared_base(thread, SHARED)
+        load_table(table_ptr, table_address, thread, NUM_WARPS)
+        buffers = table_address + TABLE_BYTES + warp * (2 * BUFFER)
+        after: tl.constexpr = TABLE_BYTES + NUM_WARPS * 2 * (BUFFER if ROW_BYTES > 0 else 0)
+        scales = table_address + after + warp * (8 * COLUMNS)
+        slots = shared_base(part, SHARED) + (after + (NUM_WARPS * 8 * COLUMNS if STAGED else 0))
+        barriers = slots + STAGES * CHUNK
+        open_ring(barriers, thread, STAGES, NUM_WARPS)
+        if STAGED:
+            stage_tiles(words_ptr, strip, first_tile, N, tiles, lane, buffers, WORDS, STRIDE)
+        elif ROW_BYTES > 0:
+            stage_stream(words_ptr, strip, first_tile, N, tiles, lane, buffers, RAW, WORDS, ROW_BYTES, ALIGNED)
+    tile_u = tile_offset(strip, r, first_tile, N, tiles, WORDS)
+    tile_v = tile_offset(strip, r + 8, first_tile, N, tiles, WORDS)
+    if CHUNKED and not STAGED:
+        ahead_u = load_chunks((), words_ptr + tile_u, j, 0, FIRST)
+        ahead_v = load_chunks((), words_ptr + tile_v, j, 0, FIRST)
+    elif not STAGED:
+        ahead_u = load_raw(words_ptr + tile_u, 0, j, K, LATTICE, GROUPS)
+        ahead_v = load_raw(words_ptr + tile_v, 0, j, K, LATTICE, GROUPS)
+    if not _INTERPRETED:
+        commit_copies(lane)
+        wait_copies(lane)
+        tl.debug_barrier()
+    if PDL:
+        # all above reads only constants, and may run while the kernel before, which writes the activations, still does
+        gdc_wait()
+    x_ptr += (tl.program_id(2) * tiles + first_tile).to(tl.int64) * (TILE * COLUMNS)
+    chunks = (last_tile - first_tile) * (TILE // (32 * STEPS))
+    place = (0, 0, 0, 0, 0, 0, 0)  # as `next_products` has it
+    source = (x_ptr, slots, barriers, chunks, thread, lane)
+    if STAGED:
+        stage_scales(act_scale_ptr + first_tile * M_PAD + m0, lane, scales, COLUMNS)
+        commit_copies(lane)
+    for stage in tl.static_range(STAGES):
+        fill(thread + tl.where(stage < chunks, 0, 256), barriers + 8 * stage, slots + CHUNK * stage, x_ptr + CHUNK * stage, CHUNK)
+    # bits before the rows' stream planes: in shared memory, or of a plane by itself
+    bits_u = thread * 0
+    bits_v = bits_u
+
+    totals = ()
+    for _ in tl.static_range(4 * BLOCKS):
+        totals = totals + ((thread * 0).to(tl.float32),)
+    for t in range(first_tile, last_tile):
+        # not read where the planes have copies
+        streams = (words_ptr + tile_u + RAW, words_ptr + tile_v + RAW)
+        if ROW_BYTES > 0:
+            wait_copies(lane)
+            turn = (t - first_tile) & 1
+            tile_address = buffers + (turn * BUFFER + r * STRIDE)
+            bits_u = (tile_address + (4 * RAW if STAGED else 0)) * 8
+            bits_v = bits_u + 8 * 8 * STRIDE
+            other = buffers + (BUFFER - turn * BUFFER)
+            if STAGED:
+                stage_tiles(words_ptr, strip, t + 1, N, tiles, lane, other, WORDS, STRIDE)
+                next_ptr = act_scale_ptr + tl.minimum(t + 1, tiles - 1) * M_PAD + m0
+                stage_scales(next_ptr, lane, scales + (4 * COLUMNS - turn * (4 * COLUMNS)), COLUMNS)
+                commit_copies(lane)
+            else:
+                stage_stream(words_ptr, strip, t + 1, N, tiles, lane, other, RAW, WORDS, ROW_BYTES, ALIGNED)
+        column_ptr = act_scale_ptr + t * M_PAD + m0 + 2 * j
+        column_scales = ()
+        scale_u, wall_u = read_header(stream_word(streams[0], bits_u, STREAM, ROW_BYTES), END, WALL_UNIT, GAIN)
+        scale_v, wall_v = read_header(stream_word(streams[1], bits_v, STREAM, ROW_BYTES), END, WALL_UNIT, GAIN)
+        x_u = first_cursor(bits_u, wall_u, j, END)
+        x_v = first_cursor(bits_v, wall_v, j, END)
+        first_u, second_u = first_words(streams[0], x_u, STREAM, ROW_BYTES)
+        first_v, second_v = first_words(streams[1], x_v, STREAM, ROW_BYTES)
+        cursors = (first_u, second_u, x_u, first_v, second_v, x_v)
+        sums = ()
+        for _ in tl.static_range(4 * BLOCKS):
+            sums = sums + (thread * 0,)
+        if CHUNKED:
+            if STAGED:
+                words_u = load_staged_chunks((), tile_address, j, 0, FIRST)
+                words_v = load_staged_chunks((), tile_address + 8 * STRIDE, j, 0, FIRST)
+            else:
+                words_u = ahead_u
+                words_v = ahead_v
+            for g in tl.static_range(GROUPS):
+                # what the next group needs is under way while this one is decoded
+                if STAGED and g + 1 < GROUPS:
+                    words_u = load_staged_chunks(words_u, tile_address, j, (K * g + K - 1) // 4 + 1, (K * g + 2 * K - 1) // 4 + 1)
+                    words_v = load_staged_chunks(
+                        words_v, tile_address + 8 * STRIDE, j, (K * g + K - 1) // 4 + 1, (K * g + 2 * K - 1) // 4 + 1
+                    )
+                elif STAGED:
+                    next_u = tile_u
+                    next_v = tile_v
+                elif g + 1 < GROUPS:
+                    words_u = load_chunks(words_u, words_ptr + tile_u, j, (K * g + K - 1) // 4 + 1, (K * g + 2 * K - 1) // 4 + 1)
+                    words_v = load_chunks(words_v, words_ptr + tile_v, j, (K * g + K - 1) // 4 + 1, (K * g + 2 * K - 1) // 4 + 1)
+                else:
+                    next_u = tile_offset(strip, r, t + 1, N, tiles, WORDS)
+                    next_v = tile_offset(strip, r + 8, t + 1, N, tiles, WORDS)
+                    ahead_u = load_chunks((), words_ptr + next_u, j, 0, FIRST)
+                    ahead_v = load_chunks((), words_ptr + next_v, j, 0, FIRST)
+                raw_u = ()
+                raw_v = ()
+                for w in tl.static_range(K):
+                    raw_u = raw_u + (words_u[K * g + w],)
+                    raw_v = raw_v + (words_v[K * g + w],)
+                sums, cursors, place = _multiply_group(
+                    sums,
+                    raw_u,
+                    raw_v,
+                    cursors,
+                    place,
+                    source,
+                    odd,
+                    streams,
+                    table_ptr,
+                    table_address,
+                    LATTICE,
+                    K,
+                    SHIFT,
+                    LENGTH_PLACE,
+                    STREAM,
+                    ROW_BYTES,
+                    BLOCKS,
+                    NUM_WARPS,
+                    STEPS,
+                    STAGES,
+                )
+        else:
+            next_u = tile_offset(strip, r, t + 1, N, tiles, WORDS)
+            next_v = tile_offset(strip, r + 8, t + 1, N, tiles, WORDS)
+            for g in range(GROUPS):
+                raw_u = ahead_u
+                raw_v = ahead_v
+                g_next = (g + 1) % GROUPS
+                ahead_u = load_raw(words_ptr + tl.where(g + 1 < GROUPS, tile_u, next_u), g_next, j, K, LATTICE, GROUPS)
+                ahead_v = load_raw(words_ptr + tl.where(g + 1 < GROUPS, tile_v, next_v), g_next, j, K, LATTICE, GROUPS)
+                sums, cursors, place = _multiply_group(
+                    sums,
+                    raw_u,
+                    raw_v,
+                    cursors,
+                    place,
+                    source,
+                    odd,
+                    streams,
+                    table_ptr,
+                    table_address,
+                    LATTICE,
+                    K,
+                    SHIFT,
+                    LENGTH_PLACE,
+                    STREAM,
+                    ROW_BYTES,
+                    BLOCKS,
+                    NUM_WARPS,
+                    STEPS,
+                    STAGES,
+                )
+
+        sums = products_wait(sums, COLUMNS)
+        if STAGED:
+            for b in tl.static_range(BLOCKS):
+                column_scales = column_scales + load_shared_floats(scales + (turn * (4 * COLUMNS) + 32 * b + 8 * j))
+        else:
+            for b in tl.static_range(BLOCKS):
+                column_scales = column_scales + (load_global(column_ptr + 8 * b), load_global(column_ptr + 8 * b + 1))
+        updated_totals = ()
+        for b in tl.static_range(BLOCKS):
+            s0 = column_scales[2 * b]
+            s1 = column_scales[2 * b + 1]
+            updated_totals = updated_totals + (
+                totals[4 * b] + sums[4 * b].to(tl.float32) * (s0 * scale_u),
+                totals[4 * b + 1] + sums[4 * b + 1].to(tl.float32) * (s1 * scale_u),
+                totals[4 * b + 2] + sums[4 * b + 2].to(tl.float32) * (s0 * scale_v),
+                totals[4 * b + 3] + sums[4 * b + 3].to(tl.float32) * (s1 * scale_v),
+            )
+        totals = updated_totals
+        tile_u = next_u
+        tile_v = next_v
+
+    if PDL:
+        # not before: what starts early takes its place among the blocks of this kernel that still wait for theirs
+        gdc_launch_dependents()
+    finish(
+        totals,
+        strip,
+        column,
+        part,
+        m0,
+        M,
+        M_PAD,
+        N,
+        total,
+        lane,
+        warp,
+        bias_ptr,
+        residual_ptr,
+        stride_residual,
+        out_ptr,
+        partial_ptr,
+        counter_ptr,
+        BLOCKS,
+        SPLIT,
+        HAS_BIAS,
+        HAS_RESIDUAL,
+        NUM_WARPS,
+    )
+
+
+if INTERPRETED:
+
+    @triton.jit(do_not_specialize=["M", "M_PAD", "N", "N1", "N2", "N3", "tiles"])
+    def ring_linear_kernel(
         words_ptr,
         table_ptr,
         x_ptr,
@@ -89,26 +393,180 @@ def ring_linear_kernel(
         N1,
         N2,
         N3,
-        LATTICE,
-        K,
-        SHIFT,
-        GAIN,
-        LENGTH_PLACE,
-        TILE,
-        WORDS,
-        RAW,
-        WALL_UNIT,
-        ALIGNED,
-        ROW_BYTES,
-        COLUMNS,
-        SPLIT,
-        HAS_BIAS,
-        HAS_RESIDUAL,
-        SIBLINGS,
-        NUM_WARPS,
-        PDL,
-        STEPS,
-        STAGES,
-        STAGED,
-        "global_smem",
-    )
+        LATTICE: tl.constexpr,
+        K: tl.constexpr,
+        SHIFT: tl.constexpr,
+        GAIN: tl.constexpr,
+        LENGTH_PLACE: tl.constexpr,
+        TILE: tl.constexpr,
+        WORDS: tl.constexpr,
+        RAW: tl.constexpr,
+        WALL_UNIT: tl.constexpr,
+        ALIGNED: tl.constexpr,
+        ROW_BYTES: tl.constexpr,
+        COLUMNS: tl.constexpr,
+        SPLIT: tl.constexpr,
+        HAS_BIAS: tl.constexpr,
+        HAS_RESIDUAL: tl.constexpr,
+        SIBLINGS: tl.constexpr,
+        NUM_WARPS: tl.constexpr,
+        PDL: tl.constexpr,
+        STEPS: tl.constexpr,
+        STAGES: tl.constexpr,
+        STAGED: tl.constexpr,
+        SHARED_KB: tl.constexpr,
+    ):
+        """For Triton's interpreter, which knows neither Gluon nor shared memory."""
+        thread = tl.arange(0, 32 * NUM_WARPS)
+        _ring_block(
+            thread,
+            words_ptr,
+            table_ptr,
+            x_ptr,
+            act_scale_ptr,
+            bias_ptr,
+            out_ptr,
+            partial_ptr,
+            counter_ptr,
+            M,
+            M_PAD,
+            N,
+            tiles,
+            residual_ptr,
+            stride_residual,
+            words1_ptr,
+            words2_ptr,
+            words3_ptr,
+            bias1_ptr,
+            bias2_ptr,
+            bias3_ptr,
+            N1,
+            N2,
+            N3,
+            LATTICE,
+            K,
+            SHIFT,
+            GAIN,
+            LENGTH_PLACE,
+            TILE,
+            WORDS,
+            RAW,
+            WALL_UNIT,
+            ALIGNED,
+            ROW_BYTES,
+            COLUMNS,
+            SPLIT,
+            HAS_BIAS,
+            HAS_RESIDUAL,
+            SIBLINGS,
+            NUM_WARPS,
+            PDL,
+            STEPS,
+            STAGES,
+            STAGED,
+            "",
+        )
+
+else:
+
+    @gluon.jit(do_not_specialize=["M", "M_PAD", "N", "N1", "N2", "N3", "tiles"])
+    def ring_linear_kernel(
+        words_ptr,
+        table_ptr,
+        x_ptr,
+        act_scale_ptr,
+        bias_ptr,
+        out_ptr,
+        partial_ptr,
+        counter_ptr,
+        M,
+        M_PAD,
+        N,
+        tiles,
+        residual_ptr,
+        stride_residual,
+        words1_ptr,
+        words2_ptr,
+        words3_ptr,
+        bias1_ptr,
+        bias2_ptr,
+        bias3_ptr,
+        N1,
+        N2,
+        N3,
+        LATTICE: gl.constexpr,
+        K: gl.constexpr,
+        SHIFT: gl.constexpr,
+        GAIN: gl.constexpr,
+        LENGTH_PLACE: gl.constexpr,
+        TILE: gl.constexpr,
+        WORDS: gl.constexpr,
+        RAW: gl.constexpr,
+        WALL_UNIT: gl.constexpr,
+        ALIGNED: gl.constexpr,
+        ROW_BYTES: gl.constexpr,
+        COLUMNS: gl.constexpr,
+        SPLIT: gl.constexpr,
+        HAS_BIAS: gl.constexpr,
+        HAS_RESIDUAL: gl.constexpr,
+        SIBLINGS: gl.constexpr,
+        NUM_WARPS: gl.constexpr,
+        PDL: gl.constexpr,
+        STEPS: gl.constexpr,
+        STAGES: gl.constexpr,
+        STAGED: gl.constexpr,
+        SHARED_KB: gl.constexpr,
+    ):
+        """Of `_ring_block`. One binary for all sizes."""
+        thread = gl.arange(0, 32 * NUM_WARPS, layout=gl.BlockedLayout([1], [32], [NUM_WARPS], [0]))
+        memory = gl.allocate_shared_memory(gl.int32, [SHARED_KB, 256], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+        # a use of it, or the compiler would not declare its symbol
+        memory.index(0).store(gl.arange(0, 256, layout=gl.BlockedLayout([1], [32], [NUM_WARPS], [0])))
+        _ring_block(
+            thread,
+            words_ptr,
+            table_ptr,
+            x_ptr,
+            act_scale_ptr,
+            bias_ptr,
+            out_ptr,
+            partial_ptr,
+            counter_ptr,
+            M,
+            M_PAD,
+            N,
+            tiles,
+            residual_ptr,
+            stride_residual,
+            words1_ptr,
+            words2_ptr,
+            words3_ptr,
+            bias1_ptr,
+            bias2_ptr,
+            bias3_ptr,
+            N1,
+            N2,
+            N3,
+            LATTICE,
+            K,
+            SHIFT,
+            GAIN,
+            LENGTH_PLACE,
+            TILE,
+            WORDS,
+            RAW,
+            WALL_UNIT,
+            ALIGNED,
+            ROW_BYTES,
+            COLUMNS,
+            SPLIT,
+            HAS_BIAS,
+            HAS_RESIDUAL,
+            SIBLINGS,
+            NUM_WARPS,
+            PDL,
+            STEPS,
+            STAGES,
+            STAGED,
+            "global_smem",
+        )

@@ -76,6 +76,18 @@ if INTERPRETED:
         return tl.load(pointer), tl.load(pointer + 1)
 
     @triton.jit
+    def load_shared_float(address):
+        return tl.load(address.to(tl.pointer_type(tl.float32)))
+
+    @triton.jit
+    def store_shared_16(address, a, b, c, d):
+        pointer = address.to(tl.pointer_type(tl.float32))
+        tl.store(pointer, a)
+        tl.store(pointer + 1, b)
+        tl.store(pointer + 2, c)
+        tl.store(pointer + 3, d)
+
+    @triton.jit
     def store_shared(address, value):
         tl.store(address.to(tl.pointer_type(tl.int32)), value)
 
@@ -120,6 +132,23 @@ else:
         """Two fp32 per thread from 8 aligned bytes."""
         return tl.inline_asm_elementwise(
             "ld.shared.v2.f32 {$0, $1}, [$2];", "=f,=f,r", [address], (tl.float32, tl.float32), is_pure=False, pack=1
+        )
+
+    @triton.jit
+    def load_shared_float(address):
+        """One fp32 per thread."""
+        return tl.inline_asm_elementwise("ld.shared.f32 $0, [$1];", "=f,r", [address], tl.float32, is_pure=False, pack=1)
+
+    @triton.jit
+    def store_shared_16(address, a, b, c, d):
+        """Four fp32 per thread to 16 aligned bytes."""
+        tl.inline_asm_elementwise(
+            "st.shared.v4.f32 [$1], {$2, $3, $4, $5}; mov.f32 $0, $2;",
+            "=f,r,f,f,f,f",
+            [address, a, b, c, d],
+            tl.float32,
+            is_pure=False,
+            pack=1,
         )
 
     @triton.jit

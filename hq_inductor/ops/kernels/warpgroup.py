@@ -231,11 +231,6 @@ else:
 
 
 @triton.jit
-def _following(chunk, of_row):
-    return tl.where(chunk + 1 == of_row, 0, chunk + 1)
-
-
-@triton.jit
 def next_products(
     sums,
     a0,
@@ -252,14 +247,12 @@ def next_products(
 ):
     """Start the products of step STEP of a chunk; those before are done then.
 
-    `place`: number, slot and parity of the chunk, slots and parities of the two before, which chunk of the row it is, and which is copied
-    next.
-    `source`: a row's first chunk in global memory, the first slot, the first barrier, number of chunks, how many make a row, after which
-    comes its first one again, thread and lane.
+    `place`: number, slot and parity of the chunk, then slots and parities of the two before. `source`: the first chunk in global memory,
+    its slot, the first barrier, number of chunks, thread and lane.
     """
     CHUNK: tl.constexpr = 32 * STEPS * COLUMNS
-    chunk, slot, parity, slot_1, parity_1, slot_2, parity_2, row_chunk, next_chunk = place
-    x_ptr, slots, barriers, chunks, of_row, thread, lane = source
+    chunk, slot, parity, slot_1, parity_1, slot_2, parity_2 = place
+    x_ptr, slots, barriers, chunks, thread, lane = source
     sums = products_wait(sums, COLUMNS)
     if STEP == 0:
         # this warp is done with the chunk before; with the one before that all are, or soon, and a new one takes its slot
@@ -270,17 +263,15 @@ def next_products(
             barriers + 8 * slot_2,
             parity_2,
             slots + CHUNK * slot_2,
-            x_ptr + CHUNK * next_chunk,
+            x_ptr + CHUNK * new,
             8 * STAGES,
             CHUNK,
         )
-        next_chunk = tl.where(chunk >= 2, _following(next_chunk, of_row), next_chunk)
         wait_full(barriers + 8 * slot, parity)
     offset: tl.constexpr = 32 * COLUMNS * STEP
-    sums = products_issue(sums, a0, a1, a2, a3, slots + (CHUNK * slot + offset), x_ptr + (CHUNK * row_chunk + offset), lane, COLUMNS, NUM_WARPS)
+    sums = products_issue(sums, a0, a1, a2, a3, slots + (CHUNK * slot + offset), x_ptr + (CHUNK * chunk + offset), lane, COLUMNS, NUM_WARPS)
     if STEP == STEPS - 1:
         wraps = slot == STAGES - 1
-        parity_next = tl.where(wraps, parity ^ 1, parity)
-        return sums, (chunk + 1, tl.where(wraps, 0, slot + 1), parity_next, slot, parity, slot_1, parity_1, _following(row_chunk, of_row), next_chunk)
+        return sums, (chunk + 1, tl.where(wraps, 0, slot + 1), tl.where(wraps, parity ^ 1, parity), slot, parity, slot_1, parity_1)
     else:
-        return sums, (chunk, slot, parity, slot_1, parity_1, slot_2, parity_2, row_chunk, next_chunk)
+        return sums, place

@@ -14,27 +14,27 @@ from hq_inductor.format.lattice import embed
 from hq_inductor.format.layout import TileLayout
 from hq_inductor.format.mma import E4M3_MAX, fp8_scale
 from hq_inductor.ops.fused import decode, int8_linear, int8_matmul, rotate, rotate_quantize
-from hq_inductor.ops.launch import LinearLaunch, MatmulLaunch
+from hq_inductor.ops.launch import LinearLaunch, MatmulLaunch, RingLaunch
 
 ops = torch.ops.hyperquant
 
 # lattice, bps, rows, columns, tile, batch, launch: every Rice parameter, both lengths of stream planes, planes too long for a buffer,
-# rows that do not fill a strip, runs of unequal length, within a panel and over its end
+# rows that do not fill a strip or a panel, several panels per block, tiles that do not go round the warps that share them
 CASES = [
     ("e8", 4.0, 40, 512, None, 3, LinearLaunch(8, 2, 1)),
-    ("e8", 2.0, 40, 384, 128, 9, LinearLaunch(16, 4, 2)),
+    ("e8", 2.0, 40, 384, 128, 9, LinearLaunch(16, 1, 4, 2)),
     ("e8", 2.5, 20, 256, 256, 1, LinearLaunch(8, 1, 1)),
     ("e8", 5.0, 20, 256, None, 8, LinearLaunch(8, 1, 1)),
     ("e8", 6.0, 17, 256, None, 2, LinearLaunch(8, 1, 1)),
     ("e8", 4.0, 17, 896, 896, 2, LinearLaunch(8, 1, 1)),
-    ("e8", 4.125, 17, 256, None, 2, LinearLaunch(8, 1, 1)),
+    ("e8", 4.125, 17, 256, None, 2, LinearLaunch(8, 1, 2)),
     ("d4", 2.0, 20, 256, None, 2, LinearLaunch(8, 1, 1)),
-    ("d4", 4.0, 20, 256, 128, 2, LinearLaunch(8, 2, 1)),
+    ("d4", 4.0, 20, 256, 128, 2, LinearLaunch(8, 2, 2, 2)),
     ("a2", 3.0, 20, 384, None, 2, LinearLaunch(8, 1, 1)),
     ("z", 3.0, 20, 256, None, 2, LinearLaunch(8, 1, 1)),
-    ("e8", 4.0, 70, 384, 128, 3, LinearLaunch(8, 4, 4, ring=True)),
-    ("e8", 3.5, 20, 256, None, 18, LinearLaunch(16, 1, 4, ring=True)),
-    ("d4", 3.0, 20, 256, 128, 2, LinearLaunch(8, 1, 4, ring=True)),
+    ("e8", 4.0, 20, 256, 128, 3, RingLaunch(8, 2, 4)),
+    ("e8", 3.5, 20, 256, None, 18, RingLaunch(16, 1, 4)),
+    ("d4", 3.0, 20, 256, 128, 2, RingLaunch(8, 1, 4)),
 ]
 
 
@@ -49,7 +49,7 @@ def unpack(q: torch.Tensor, scale: torch.Tensor, tile: int, ring: bool) -> torch
     return rows.double() * scale.double().t().repeat_interleave(tile, 1)
 
 
-def check_case(lattice: str, bps: float, rows: int, columns: int, tile: int | None, batch: int, launch: LinearLaunch) -> None:
+def check_case(lattice: str, bps: float, rows: int, columns: int, tile: int | None, batch: int, launch: LinearLaunch | RingLaunch) -> None:
     weight = HyperQuantTensor.from_hp(torch.randn(rows, columns), bps=bps, lattice=lattice, tile=tile, seed=3)
     words = weight.qdata
     layout = TileLayout(lattice, weight.tile, weight.code, words.shape[-1])
@@ -59,14 +59,15 @@ def check_case(lattice: str, bps: float, rows: int, columns: int, tile: int | No
     bias = torch.randn(rows).to(torch.float16)
 
     padded = -(-batch // launch.columns) * launch.columns
-    q, scale, counters = rotate_quantize(x, pre_scale, layout, tiles, 3, padded, 5, ring=launch.columns if launch.ring else 0)
+    ring = launch.columns if isinstance(launch, RingLaunch) else 0
+    q, scale, counters = rotate_quantize(x, pre_scale, layout, tiles, 3, padded, 5, ring=ring)
     assert (counters == 0).all()
     rotated = hadamard_ref(x.double() * (1 if pre_scale is None else pre_scale.double()), hadamard_block(layout.tile), 3)
     plain, _ = rotate(x, pre_scale, layout, tiles, 3, torch.float32)
     torch.testing.assert_close(plain.double(), rotated, rtol=1e-5, atol=1e-5)
     if lattice == "a2":
         rotated *= embed(torch.ones(1, columns, dtype=torch.int8), "a2", torch.float64)
-    found = unpack(q, scale, layout.tile, launch.ring)
+    found = unpack(q, scale, layout.tile, ring > 0)
     step = scale.double().t().repeat_interleave(layout.tile, 1)
     assert ((found[:batch] - rotated).abs() <= (0.5 + 1e-4) * step[:batch] + 1e-5).all()
     assert (found[batch:] == 0).all()
@@ -106,7 +107,7 @@ def check_siblings(counts: tuple[int, ...], blocks: int, with_bias: bool) -> Non
     x = torch.randn(3, 256).to(torch.bfloat16)
     biases = [torch.randn(rows).to(torch.bfloat16) for rows in counts] if with_bias else None
     residual = torch.randn(3, sum(counts) + 5).to(torch.bfloat16)[:, : sum(counts)]
-    launch = LinearLaunch(8, blocks, 1)
+    launch = LinearLaunch(8, blocks, 2, 2)
     words = [weight.qdata for weight in weights]
     alone = [int8_linear(x.float(), w, None, b, layout, 0, launch) for w, b in zip(words, biases or [None] * len(words), strict=True)]
     found = int8_linear(x.float(), words, None, biases, layout, 0, launch, residual)
