@@ -22,6 +22,8 @@ TIGHT_REGISTERS = 80
 TIGHT_TURN = 1.35
 # rows of a warp, columns of an MMA
 WARP_ROWS = 16
+# rows of activations that blocks rotate by themselves
+IN_PLACE_ROWS = 2
 MMA_COLUMNS = 8
 
 
@@ -35,6 +37,7 @@ class LinearLaunch:
         num_warps: warps per block: 1, 2, 4 or 8.
         sharing: warps that share the tiles of 16 rows; divides `num_warps`.
         registers: most registers per thread, or 0 for what the compiler likes.
+        rows: most rows of activations that blocks rotate by themselves, where they can; 0 leaves that to a kernel of its own.
     """
 
     columns: int
@@ -42,6 +45,7 @@ class LinearLaunch:
     num_warps: int
     sharing: int = 1
     registers: int = 0
+    rows: int = IN_PLACE_ROWS
 
     def __post_init__(self) -> None:
         _check_columns(self.columns, 128)

@@ -2,9 +2,10 @@
 
 Definition.  `out[n, k] = codes[n, k]` (int8), or `codes[n, k] * scale[n, t] * sqrt(3)^[a2 and k even] / row_scale[n]` in the dtype of
              `out`. `row_scale` brings the largest value that the row's tiles can hold to the largest that e4m3 can.
-Work.        A warp takes tiles of 16 rows as `hq_inductor.ops.kernels.linear` does, dealt out in the same way, from the same buffers; with
-             tables whose quotients stand where codes have them. Codes become floats as the low bits of a float that is large enough to have no
-             fraction, which is then subtracted: the converting instructions are a quarter as fast.
+Work.        A warp takes tiles of 16 rows as `hq_inductor.ops.kernels.linear` does, from the same buffers; with tables whose quotients
+             stand where codes have them. Units, tiles of all rows of a block's warps, are dealt out in runs that go over the ends of rows.
+             Codes become floats as the low bits of a float that is large enough to have no fraction, which is then subtracted: the
+             converting instructions are a quarter as fast.
 """
 
 from __future__ import annotations
@@ -280,7 +281,7 @@ def decode_kernel(
     LARGEST: tl.constexpr,
     NUM_WARPS: tl.constexpr,
 ):
-    """Program p: run p of the units (`hq_inductor.ops.kernels.blocks`)."""
+    """Program p: run p of the units."""
     STREAM: tl.constexpr = WORDS - RAW
     END: tl.constexpr = 32 * STREAM
     GROUPS: tl.constexpr = TILE // 128

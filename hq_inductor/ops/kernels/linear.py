@@ -2,7 +2,8 @@
 
 Definition.  `out[m, n] = bias[n] + sum_t act_scale[t, m] * scale[n, t] * (sum_k codes[n, t, k] * x[m, t, k])`, inner sums exact in int32,
              outer sums in fp32; plus `residual[m, n]` if there is one.
-Storage.     Activations as `hq_inductor.ops.kernels.activations` writes them.
+Storage.     Activations as `hq_inductor.ops.kernels.activations` writes them; or, of up to ROWS rows, as they are: the block makes the
+             rest of them itself (`hq_inductor.ops.kernels.rotate_rows`).
 Work.        A strip is 16 rows of the weight. SHARING warps share its tiles, warp i of them takes tiles i, i + SHARING, ..., and their sums
              meet in shared memory: no sum leaves a multiprocessor unfinished, whatever the sizes. A block's warps have a panel of
              NUM_WARPS / SHARING strips; as many blocks as live at once take panels in turns.
@@ -20,11 +21,26 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .bits import INTERPRETED
 from .blocks import count_panels, load_chunks, stage_stream, store_strip, tile_offset, weight_of_panel
 from .memory import load_16, load_global, store_global
-from .shared import TABLE_BYTES, declare_shared, load_shared_float, load_table, store_shared_16, wait_copies
+from .rotate_rows import rotate_rows, scales_address, sign_bits, zeros_address
+from .shared import (
+    TABLE_BYTES,
+    declare_shared,
+    load_shared_16,
+    load_shared_float,
+    load_table,
+    scratch_address,
+    store_shared_16,
+    wait_copies,
+)
 from .tile import decode_vector, first_cursor, first_words, load_raw, next_quads, read_header, restore_signs, stream_word
 from .warp import mma_s8
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+def sums_bytes(columns: int, num_warps: int) -> int:
+    """Shared memory in which the sums of a block's warps meet, 8 columns at a time, in turns."""
+    return 512 * num_warps * min(columns // 8, 2)
 
 
 if INTERPRETED:
@@ -61,7 +77,7 @@ def _finish_panel(
     HAS_RESIDUAL: tl.constexpr,
     NUM_WARPS: tl.constexpr,
 ):
-    """Sums of a block's strips, `strips` and on, to the output; `totals` as MMAs leave them, `sums_address` of `SUMS_BYTES`."""
+    """Sums of a block's strips, `strips` and on, to the output; `totals` as MMAs leave them, `sums_address` of `sums_bytes`."""
     lane = thread % 32
     warp = thread // 32
     if SHARING == 1 or _INTERPRETED:
@@ -134,11 +150,13 @@ def _multiply_group(
     STREAM: tl.constexpr,
     ROW_BYTES: tl.constexpr,
     BLOCKS: tl.constexpr,
+    ROWS: tl.constexpr,
     NUM_WARPS: tl.constexpr,
 ):
     """Decode a group of both rows and add its products to `sums`.
 
-    `source` is the activations' pointer and the distance of two MMAs, `place` the offset of the next ones.
+    `source` is the activations' pointer and the distance of two MMAs, `place` the offset of the next ones; with ROWS there is no pointer,
+    and `place` an address in shared memory.
     """
     AHEAD: tl.constexpr = BLOCKS if BLOCKS <= 2 else 1
     first_u, second_u, x_u, first_v, second_v, x_v = cursors
@@ -147,10 +165,13 @@ def _multiply_group(
     for v in tl.static_range(4):
         if v % 2 == 0:
             # long before they are multiplied, as far as registers go
-            x_ptr = source[0] + place
             columns = ()
-            for b in tl.static_range(AHEAD):
-                columns = columns + load_16(x_ptr + b * 512)
+            if ROWS > 0:
+                columns = load_shared_16(place)
+            else:
+                x_ptr = source[0] + place
+                for b in tl.static_range(AHEAD):
+                    columns = columns + load_16(x_ptr + b * 512)
         e0, e1, first_u, second_u, x_u = next_quads(
             first_u, second_u, x_u, odd, streams[0], table_ptr, table_address, LENGTH_PLACE, STREAM, ROW_BYTES
         )
@@ -180,12 +201,12 @@ def _multiply_group(
 
 
 # one binary for all sizes
-@triton.jit(do_not_specialize=["M", "M_PAD", "N", "N1", "N2", "N3", "tiles"])
+@triton.jit(do_not_specialize=["M", "M_PAD", "N", "N1", "N2", "N3", "tiles", "features", "stride_xm", "stride_gm", "eps"])
 def linear_kernel(
     words_ptr,  # [N, tiles, WORDS] int32
     table_ptr,  # [4096] int32
-    x_ptr,  # [tiles * TILE / 64, M_PAD, 64] int8
-    act_scale_ptr,  # [tiles, M_PAD] fp32
+    x_ptr,  # [tiles * TILE / 64, M_PAD, 64] int8; with ROWS [M, features], rows stride_xm apart
+    act_scale_ptr,  # [tiles, M_PAD] fp32; with ROWS anything
     bias_ptr,  # [N], or anything if not HAS_BIAS
     out_ptr,  # [M, N + N1 + N2 + N3]
     M,
@@ -203,6 +224,14 @@ def linear_kernel(
     N1,
     N2,
     N3,
+    gate_ptr,  # from here on of `rotate_rows`, anything if ROWS is 0
+    norm_weight_ptr,
+    pre_scale_ptr,
+    scratch_ptr,  # stands in for shared memory under the interpreter
+    features,
+    stride_xm,
+    stride_gm,
+    eps,
     LATTICE: tl.constexpr,
     K: tl.constexpr,
     SHIFT: tl.constexpr,
@@ -221,6 +250,12 @@ def linear_kernel(
     SIBLINGS: tl.constexpr,
     NUM_WARPS: tl.constexpr,
     PDL: tl.constexpr,
+    ROWS: tl.constexpr,  # rows of activations that the block rotates itself, a power of two up to 8, or 0
+    SEED: tl.constexpr,
+    PROLOGUE: tl.constexpr,
+    ADD_ONE: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
 ):
     """Program (i, c): every `num_programs(0)`-th panel from the i-th on, batch columns COLUMNS c on."""
     STREAM: tl.constexpr = WORDS - RAW
@@ -257,12 +292,19 @@ def linear_kernel(
     table_address = thread * 0
     buffers = thread * 0
     sums_address = thread * 0
+    x_address = thread * 0
+    if ROWS > 0:
+        signs = sign_bits(lane, SEED)
+        if _INTERPRETED:
+            x_address = scratch_address(scratch_ptr, thread)
     if not _INTERPRETED:
         table_address = declare_shared(thread)
         load_table(table_ptr, table_address, thread, NUM_WARPS)
         staged: tl.constexpr = 2 * BUFFER if ROW_BYTES > 0 else 0
         buffers = table_address + TABLE_BYTES + warp * staged
         sums_address = table_address + (TABLE_BYTES + NUM_WARPS * staged)
+        # of 8 columns there is one buffer for sums
+        x_address = sums_address + 512 * NUM_WARPS
         if ROW_BYTES > 0:
             stage_stream(words_ptr, strip, t, N, tiles, lane, buffers, RAW, WORDS, ROW_BYTES, ALIGNED)
     tile_u = tile_offset(strip, r, t, N, tiles, WORDS)
@@ -279,6 +321,33 @@ def linear_kernel(
     if PDL:
         # all above reads only constants, and may run while the kernel before, which writes the activations, still does
         gdc_wait()
+    if ROWS > 0:
+        rotate_rows(
+            x_ptr,
+            gate_ptr,
+            norm_weight_ptr,
+            pre_scale_ptr,
+            x_address,
+            signs,
+            thread,
+            M,
+            features,
+            tiles,
+            stride_xm,
+            stride_gm,
+            eps,
+            ROWS,
+            PROLOGUE,
+            ADD_ONE,
+            HAS_WEIGHT,
+            HAS_SCALE,
+            LATTICE,
+            NUM_WARPS,
+        )
+        # threads of columns that are not there stay with the zeros
+        x_step = tl.where(r < ROWS, 64 * ROWS, 0)
+        x_row = tl.where(r < ROWS, x_address + (64 * r + 16 * j), zeros_address(x_address, tiles, ROWS))
+        x_scales = scales_address(x_address, tiles, ROWS)
     # bits before the rows' stream planes: in shared memory, or of a plane by itself
     bits_u = thread * 0
     bits_v = bits_u
@@ -309,7 +378,11 @@ def linear_kernel(
         inside = tl.minimum(t, tiles - 1)
         column_ptr = act_scale_ptr + inside * M_PAD + m0 + 2 * j
         column_scales = ()
-        if BLOCKS <= 2:
+        if ROWS > 0:
+            for i in tl.static_range(2):
+                scale = load_shared_float(x_scales + 4 * (inside * ROWS + tl.minimum(2 * j + i, ROWS - 1)))
+                column_scales = column_scales + (tl.where(2 * j + i < ROWS, scale, 0.0),)
+        elif BLOCKS <= 2:
             # under way long before the end of the tile, as far as registers go
             for b in tl.static_range(BLOCKS):
                 column_scales = column_scales + (load_global(column_ptr + 8 * b), load_global(column_ptr + 8 * b + 1))
@@ -364,6 +437,7 @@ def linear_kernel(
                     STREAM,
                     ROW_BYTES,
                     BLOCKS,
+                    ROWS,
                     NUM_WARPS,
                 )
         else:
@@ -392,6 +466,7 @@ def linear_kernel(
                     STREAM,
                     ROW_BYTES,
                     BLOCKS,
+                    ROWS,
                     NUM_WARPS,
                 )
 

@@ -1,8 +1,8 @@
 """Fused linear layer for batches of more than 32 on sm_90: as `hq_inductor.ops.kernels.linear`, with activations through a ring.
 
-Work.        A warp owns 16 rows of the weight. Activations come through shared memory once per block, and four warps multiply together while
-             they decode what comes next (`hq_inductor.ops.kernels.warpgroup`). Whole tiles and the scales of activations come through
-             shared memory too where there is room: so much of it leaves the L1 none for loads on their way.
+Work.        A warp owns 16 rows of the weight. Activations come through shared memory once per block, and four warps multiply together
+             while they decode what comes next (`hq_inductor.ops.kernels.warpgroup`). Whole tiles and the scales of activations come
+             through shared memory too where there is room: so much of it leaves the L1 none for loads on their way.
 Memory.      Triton itself allocates shared memory only for its own conversions, and 48 KiB are the most that inline PTX may declare. Gluon
              allocates as much as there is; the rest is plain Triton.
 """

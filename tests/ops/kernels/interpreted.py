@@ -22,6 +22,8 @@ ops = torch.ops.hyperquant
 # rows that do not fill a strip or a panel, several panels per block, tiles that do not go round the warps that share them
 CASES = [
     ("e8", 4.0, 40, 512, None, 3, LinearLaunch(8, 2, 1)),
+    ("e8", 4.0, 20, 1536, 512, 2, LinearLaunch(8, 1, 2, 2)),
+    ("a2", 3.0, 20, 512, 512, 1, LinearLaunch(8, 1, 1)),
     ("e8", 2.0, 40, 384, 128, 9, LinearLaunch(16, 1, 4, 2)),
     ("e8", 2.5, 20, 256, 256, 1, LinearLaunch(8, 1, 1)),
     ("e8", 5.0, 20, 256, None, 8, LinearLaunch(8, 1, 1)),
