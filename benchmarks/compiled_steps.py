@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
+from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.utils import fresh_inductor_cache
 
 # graph: compiled, then captured in one CUDA graph by hand
@@ -24,9 +25,10 @@ def cold_caches(mode: str) -> Iterator[None]:
 
 
 def start_compiler(mode: str, device: torch.device) -> None:
-    """Start Inductor's workers, which the first compilation in a process would be charged for."""
+    """Start Inductor's workers, and wait for them: the first compilation in a process would be charged for that."""
     if mode != "eager":
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+        AsyncCompile.wait_pool_ready()
 
 
 def synchronize(device: torch.device) -> None:

@@ -12,6 +12,7 @@ Invariants.  Nothing is launched, and workers do not touch the device. What fail
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import logging
 import threading
@@ -24,9 +25,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map
 
 log = logging.getLogger("hq_inductor.passes")
-
-# kernels that are worth a process of their own at a time
-WORKERS = 4
 
 
 @dataclass(frozen=True)
@@ -45,11 +43,11 @@ class Job:
         kinds = tuple((value == 1, value % 16 == 0, value >= 2**31) if type(value) is int else value for value in self.arguments)
         return (self.module, self.name, repr(kinds), repr(self.options))
 
-    def warm_up(self) -> None:
-        """Compile for the active driver's target, or read from the cache on disk."""
+    def warm_up(self) -> str:
+        """Compile for the active driver's target, or read from the cache on disk; the key there."""
         _settle_keys(self.module)
         kernel = getattr(importlib.import_module(self.module), self.name)
-        kernel.warmup(*self.arguments, grid=self.grid, **dict(self.options))
+        return kernel.warmup(*self.arguments, grid=self.grid, **dict(self.options)).hash
 
 
 _settled: set[str] = set()
@@ -145,15 +143,24 @@ def wait_for_kernels() -> None:
     _under_way.clear()
     for job, cache, future in jobs:
         with _left_to_the_launch(job.name):
-            future.result()
+            written = future.result()
             with _cache(cache):
-                job.warm_up()
+                read = job.warm_up()
+            if read != written:
+                log.info("%s was compiled twice: a worker's key is %s, this process's %s", job.name, written, read)
 
 
 def prepare_workers() -> None:
-    """Have workers import what they need, so that they have when the first kernel comes."""
+    """Have workers import what they need, so that they have when the first kernel comes.
+
+    All of them: the one that has waited longest gets the next job, so one that is prepared would be the last to get a kernel.
+    """
     with _left_to_the_launch("all layers"):
-        for _ in range(WORKERS):
+        from torch._inductor.async_compile import AsyncCompile, get_compile_threads
+
+        # Inductor compiles in this process until a worker has answered: let that not wait for the imports
+        AsyncCompile.use_process_pool()
+        for _ in range(get_compile_threads()):
             _pool().submit(importlib.import_module, "hq_inductor.ops.fused")
 
 
@@ -169,11 +176,21 @@ def _left_to_the_launch(name: str) -> Iterator[None]:
 def _pool():
     """Inductor's worker processes, which are there before CUDA is."""
     from torch._inductor.async_compile import AsyncCompile
-    from torch._inductor.runtime.compile_tasks import _set_triton_ptxas_path
 
-    # workers take the assembler that torch brings, if it does, and its version is part of a kernel's key: so do we from here on
-    _set_triton_ptxas_path()
+    _take_assembler_of_workers()
     return AsyncCompile.process_pool()
+
+
+@functools.cache
+def _take_assembler_of_workers() -> None:
+    """Workers take the assembler that torch brings, if it does, and its version is part of a kernel's key: so do we from here on."""
+    from torch._inductor.runtime.compile_tasks import _set_triton_ptxas_path
+    from triton.backends.nvidia.compiler import get_ptxas_version
+
+    _set_triton_ptxas_path()
+    # Triton remembers the version of its own, if one was asked for before: by a kernel launched here, or by Inductor, which asks when it
+    # generates code, and takes torch's assembler only after that
+    get_ptxas_version.cache_clear()
 
 
 def _target():
@@ -207,8 +224,8 @@ class _Target:
         self.get_current_stream = lambda device: 0
 
 
-def compile_job(job: Job, target, cache: str) -> None:
-    """What a worker does: compile for a target (Triton's `GPUTarget`) into the cache in a directory."""
+def compile_job(job: Job, target, cache: str) -> str:
+    """What a worker does: compile for a target (Triton's `GPUTarget`) into the cache in a directory; the key there."""
     from triton.runtime import driver
 
     # as it was: the worker compiles Inductor's kernels too. `active` would look for a device
@@ -216,6 +233,6 @@ def compile_job(job: Job, target, cache: str) -> None:
     driver.set_active(_Target(target))
     try:
         with _cache(cache):
-            job.warm_up()
+            return job.warm_up()
     finally:
         driver._active = before

@@ -1,5 +1,6 @@
 """Kernels compiled ahead: what is compiled, how often, and that nothing goes wrong where it fails."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -49,6 +50,7 @@ def compiled(monkeypatch):
     def warm_up(kernel, *args, grid, **options):
         bound = kernel.signature.bind(*args, **{name: value for name, value in options.items() if name in kernel.signature.parameters})
         found.append((kernel.__name__, dict(bound.arguments), {name: v for name, v in options.items() if name not in bound.arguments}))
+        return SimpleNamespace(hash=kernel.__name__)
 
     for kernel in (*vars(fused).values(), *vars(fused_kv).values()):
         if hasattr(kernel, "warmup"):
@@ -190,17 +192,62 @@ def test_worker_compiles_into_the_cache_and_leaves_no_trace(tmp_path):
     pointers = (torch.bfloat16, torch.float32)
     options = (("PROLOGUE", "rms_norm"), ("ALIGNED", True), ("num_warps", 4))
     job = ahead.Job("hq_inductor.ops.kernels.activations", "row_statistics_kernel", (*pointers, 512, 512, 1e-5), (3,), options)
-    hits, before, directory = [], driver._active, triton.knobs.cache.dir
+    hits, keys, before, directory = [], [], driver._active, triton.knobs.cache.dir
     kernel = fused.row_statistics_kernel
     with triton.knobs.compilation.scope():
         triton.knobs.compilation.listener = lambda **given: hits.append(given["cache_hit"])
         for _ in range(2):
             # as in another process
             kernel.device_caches.clear()
-            ahead.compile_job(job, H100, str(tmp_path))
+            keys.append(ahead.compile_job(job, H100, str(tmp_path)))
     kernel.device_caches.clear()
+    assert keys[0] == keys[1] != ""
     assert hits == [False, True] and list(tmp_path.glob("*/row_statistics_kernel.cubin"))
     assert driver._active is before and triton.knobs.cache.dir == directory
+
+
+def test_the_assembler_of_workers_counts_whatever_was_asked_before(tmp_path, monkeypatch):
+    """Inductor asks for the version of Triton's own when it generates code: kernels compiled in workers would not be found after that."""
+    from torch._inductor.runtime import compile_tasks
+    from triton.backends.nvidia.compiler import get_ptxas_version
+    from triton.compiler.compiler import make_backend
+
+    brought = tmp_path / "ptxas"
+    brought.write_text("#!/bin/sh\necho Cuda compilation tools, release 99.9\n")
+    brought.chmod(0o755)
+    monkeypatch.setattr(compile_tasks, "_set_triton_ptxas_path", lambda: monkeypatch.setenv("TRITON_PTXAS_PATH", str(brought)))
+    # Triton 3.9 has another one for what comes after
+    a100 = GPUTarget("cuda", 80, 32)
+    get_ptxas_version.cache_clear()
+    ahead._take_assembler_of_workers.cache_clear()
+    try:
+        assert "99.9" not in make_backend(a100).hash()
+        ahead._take_assembler_of_workers()
+        assert "99.9" in make_backend(a100).hash()
+    finally:
+        get_ptxas_version.cache_clear()
+        ahead._take_assembler_of_workers.cache_clear()
+
+
+def test_a_kernel_that_is_compiled_twice_is_reported(compiled, monkeypatch, caplog):
+    monkeypatch.setattr(ahead, "compile_job", lambda *job: "another key")
+    with caplog.at_level("INFO", "hq_inductor.passes"):
+        ahead.compile_kernels_of(registry.cuda_function(ops.rice_linear.default), arguments(1), {})
+        ahead.wait_for_kernels()
+    assert "linear_kernel was compiled twice: a worker's key is another key" in caplog.text
+
+
+def test_every_worker_is_prepared(monkeypatch):
+    """Those that have waited longest get the kernels."""
+    from torch._inductor import async_compile
+
+    submitted = []
+    pool = SimpleNamespace(submit=lambda *job: submitted.append(job))
+    monkeypatch.setattr(async_compile.AsyncCompile, "process_pool", lambda: pool)
+    monkeypatch.setattr(async_compile.AsyncCompile, "use_process_pool", lambda: submitted.append("answer"))
+    monkeypatch.setattr(async_compile, "get_compile_threads", lambda: 3)
+    ahead.prepare_workers()
+    assert submitted == ["answer", *3 * [(importlib.import_module, "hq_inductor.ops.fused")]]
 
 
 @pytest.mark.parametrize(("module", "launches"), [(fused, 7), (fused_kv, 3)])
