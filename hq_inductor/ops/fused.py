@@ -12,16 +12,14 @@ from ..format.codes import CodesLayout
 from ..format.hadamard import hadamard_block
 from ..format.layout import TileLayout
 from . import ahead
-from .kernels import rotate_rows
 from .kernels.activations import fp8_scale_kernel, rotate_kernel, rotate_quantize_kernel, row_statistics_kernel
 from .kernels.decode import decode_kernel
-from .kernels.linear import linear_kernel, sums_bytes
+from .kernels.linear import linear_kernel
 from .kernels.linear_ring import ring_linear_kernel
 from .kernels.matmul import int8_matmul_kernel
-from .kernels.shared import SHARED_BYTES, TABLE_BYTES, buffer_bytes, row_bytes
+from .kernels.shared import row_bytes
 from .kernels.warpgroup import ring_shape
 from .launch import (
-    MMA_COLUMNS,
     WARP_ROWS,
     LinearLaunch,
     MatmulLaunch,
@@ -336,35 +334,20 @@ def int8_linear(
         counters, ring = grid[0] * launch.num_warps * grid[2] if launch.splits > 1 else 0, columns
         shape = _ring_arguments(launch, layout, stream_bytes, x.is_cuda)
     else:
-        kernel, counters, ring = linear_kernel, 0, 0
+        kernel, ring = linear_kernel, 0
         panels = sum(-(-n // launch.panel_rows) for n in counts)
-        grid = (min(launch.blocks, panels), padded // columns)
-        in_place = rotated is None and _rotates_in_place(x, layout, launch, tiles, prologue, act_pre_scale)
-        shape = {"SHARING": launch.sharing, "ROWS": triton.next_power_of_2(batch) if in_place else 0}
-    if isinstance(launch, LinearLaunch) and in_place:
-        # the rest are placeholders
-        q, scale = x, out
-    elif rotated is None or rotated[0].shape != rotated_shape(layout, tiles, padded, ring):
+        runs = launch.sharing == 0
+        grid = (min(launch.blocks, panels * tiles if runs else panels), padded // columns)
+        counters = panels * launch.num_warps * grid[1] if runs else 0
+        shape = {"SHARING": max(1, launch.sharing), "RUNS": runs}
+    if rotated is None or rotated[0].shape != rotated_shape(layout, tiles, padded, ring):
         q, scale, zeros = rotate_quantize(x, act_pre_scale, layout, tiles, seed, padded, counters, prologue, ring)
     else:
         (q, scale), zeros = rotated, torch.zeros(counters, dtype=torch.int32, device=x.device)
-    parts, raw = (), ()
-    if not ring:
-        raw = (
-            *(_vector(tensor, x) for tensor in (prologue.gate, prologue.weight, act_pre_scale)),
-            out if x.is_cuda else torch.empty(1 << 16, dtype=torch.int32),
-            x.shape[1],
-            x.stride(0),
-            0 if prologue.gate is None else prologue.gate.stride(0),
-            prologue.eps,
-        )
-        rotation = _rotation(layout, act_pre_scale, seed, prologue)
-        shape |= {key: rotation[key] for key in ("SEED", "PROLOGUE", "ADD_ONE", "HAS_WEIGHT", "HAS_SCALE")} if in_place else _NO_ROTATION
-    else:
-        partial = scale
-        if counters:
-            partial = torch.empty((launch.splits, counters, 2 * columns * 8), dtype=torch.float32, device=x.device)
-        parts = (partial, zeros)
+    partial = scale
+    if counters:
+        places = launch.splits * grid[0] * grid[2] if ring else 2 * grid[0] * grid[1]
+        partial = torch.empty((places, launch.num_warps, WARP_ROWS * columns), dtype=torch.float32, device=x.device)
     pdl = dependent_launch(x.device)
     has_bias = biases[0] is not None
     if has_bias and len({b.dtype for b in biases}) > 1:
@@ -381,7 +364,8 @@ def int8_linear(
         scale,
         biases[0],
         out,
-        *parts,
+        partial,
+        zeros,
         batch,
         padded,
         counts[0],
@@ -391,7 +375,6 @@ def int8_linear(
         *weights[1:],
         *biases[1:],
         *(counts[1:] + [0] * (MAX_SIBLINGS - len(counts))),
-        *raw,
         LATTICE=layout.lattice,
         K=layout.rice_parameter,
         SHIFT=layout.kernel_shift,
@@ -416,31 +399,6 @@ def int8_linear(
         **({"launch_pdl": True} if pdl else {}),
     )
     return out
-
-
-# compile-time arguments of the linear kernel where another one has rotated, whatever it was asked to do
-_NO_ROTATION = {"SEED": 0, "PROLOGUE": "none", "ADD_ONE": False, "HAS_WEIGHT": False, "HAS_SCALE": False}
-
-
-def _rotates_in_place(
-    x: torch.Tensor, layout: TileLayout, launch: LinearLaunch, tiles: int, prologue: Prologue, act_pre_scale: torch.Tensor | None
-) -> bool:
-    """Whether blocks of the linear kernel rotate activations themselves: `hq_inductor.ops.kernels.rotate_rows` says what it takes."""
-    batch, num_warps = x.shape[0], launch.num_warps
-    gate = x if prologue.gate is None else prologue.gate
-    stream_bytes = row_bytes(layout.stream_words)
-    taken = TABLE_BYTES.value + num_warps * buffer_bytes(stream_bytes) + sums_bytes(launch.columns, num_warps)
-    vectors = [tensor for tensor in (x, gate, prologue.weight, act_pre_scale) if tensor is not None]
-    return (
-        batch <= min(launch.rows, launch.columns)
-        and launch.columns == MMA_COLUMNS
-        and layout.tile == rotate_rows.TILE
-        and prologue.name.removesuffix("_1p") in rotate_rows.PROLOGUES_IN_PLACE
-        and _norm_rows(prologue) == 1
-        and _aligned_rows(x, gate)
-        and all(ahead.is_aligned(tensor) and tensor.stride(-1) == 1 for tensor in vectors)
-        and taken + rotate_rows.rows_bytes(triton.next_power_of_2(batch), tiles, num_warps) <= SHARED_BYTES.value
-    )
 
 
 def _ring_arguments(launch: RingLaunch, layout: TileLayout, stream_bytes: int, cuda: bool) -> dict:

@@ -22,8 +22,6 @@ TIGHT_REGISTERS = 80
 TIGHT_TURN = 1.35
 # rows of a warp, columns of an MMA
 WARP_ROWS = 16
-# rows of activations that blocks rotate by themselves
-IN_PLACE_ROWS = 2
 MMA_COLUMNS = 8
 
 
@@ -33,11 +31,11 @@ class LinearLaunch:
 
     Args:
         columns: batch columns per block, a multiple of 8; larger batches take several blocks, each of which decodes anew.
-        blocks: thread blocks for each block of columns; they take panels in turns.
+        blocks: thread blocks for each block of columns; they take panels, which are the rows of a block's warps, in turns.
         num_warps: warps per block: 1, 2, 4 or 8.
-        sharing: warps that share the tiles of 16 rows; divides `num_warps`.
+        sharing: warps that share the tiles of 16 rows, a divisor of `num_warps`; or 0: none does, and the tiles of all panels are dealt to
+            the blocks in equal runs.
         registers: most registers per thread, or 0 for what the compiler likes.
-        rows: most rows of activations that blocks rotate by themselves, where they can; 0 leaves that to a kernel of its own.
     """
 
     columns: int
@@ -45,7 +43,6 @@ class LinearLaunch:
     num_warps: int
     sharing: int = 1
     registers: int = 0
-    rows: int = IN_PLACE_ROWS
 
     def __post_init__(self) -> None:
         _check_columns(self.columns, 128)
@@ -53,13 +50,13 @@ class LinearLaunch:
             raise ValueError(f"blocks must be at least 1, got {self.blocks}")
         if self.num_warps not in (1, 2, 4, 8):
             raise ValueError(f"num_warps must be 1, 2, 4 or 8, got {self.num_warps}")
-        if self.sharing < 1 or self.num_warps % self.sharing:
-            raise ValueError(f"sharing must divide {self.num_warps} warps, got {self.sharing}")
+        if self.sharing < 0 or (self.sharing and self.num_warps % self.sharing):
+            raise ValueError(f"sharing must be 0 or divide {self.num_warps} warps, got {self.sharing}")
 
     @property
     def panel_rows(self) -> int:
         """Rows of the weight that a block has at a time."""
-        return WARP_ROWS * self.num_warps // self.sharing
+        return WARP_ROWS * self.num_warps // max(1, self.sharing)
 
 
 @dataclass(frozen=True)

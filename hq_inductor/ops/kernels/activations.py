@@ -22,7 +22,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def signs_of(index, SEED: tl.constexpr):
+def _signs(index, SEED: tl.constexpr):
     """`hq_inductor.format.hadamard.rht_signs` of positions within a block: 1.0 or -1.0."""
     h = index.to(tl.uint32) * 0x9E3779B1 + ((SEED * 0x85EBCA77 + 0x165667B1) & 0xFFFFFFFF)
     h = (h ^ (h >> 16)) * 0x85EBCA6B
@@ -85,53 +85,6 @@ def _gelu_tanh(x):
     return x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
 
 
-@triton.constexpr_function
-def is_gate(prologue):
-    return prologue in ("silu_mul", "gelu_mul", "gelu_tanh_mul")
-
-
-@triton.constexpr_function
-def is_norm(prologue):
-    return prologue in ("rms_norm", "rms_norm_cast", "layer_norm")
-
-
-@triton.jit
-def apply_prologue(
-    x,
-    gate,
-    gain,
-    bias,
-    mean,
-    inverse_deviation,
-    DTYPE: tl.constexpr,
-    PROLOGUE: tl.constexpr,
-    ADD_ONE: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-):
-    """The prologue of elements of dtype DTYPE, all of them fp32 here; arguments that it does not have may be anything."""
-    if is_gate(PROLOGUE):
-        if PROLOGUE == "silu_mul":
-            gate = gate / (1.0 + tl.exp(-gate))
-        elif PROLOGUE == "gelu_mul":
-            gate = 0.5 * gate * (1.0 + tl.erf(0.7071067811865476 * gate))
-        else:
-            gate = _gelu_tanh(gate)
-        x = (x * gate.to(DTYPE).to(tl.float32)).to(DTYPE).to(tl.float32)
-    elif is_norm(PROLOGUE):
-        x = (x - mean) * inverse_deviation
-        if PROLOGUE == "rms_norm_cast":
-            x = x.to(DTYPE).to(tl.float32)
-        if HAS_WEIGHT:
-            if ADD_ONE:
-                gain = gain + 1.0
-            x = x * gain
-        if HAS_BIAS:
-            x = x + bias
-        x = x.to(DTYPE).to(tl.float32)
-    return x
-
-
 @triton.jit
 def load_activations(
     x_ptr,
@@ -150,17 +103,28 @@ def load_activations(
     """Columns of a row after the prologue, fp32; zeros where masked out."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     x = tl.load(x_ptr + column, mask=mask, other=0.0).to(tl.float32)
-    gate = x
-    gain = x
-    bias = x
-    if is_gate(PROLOGUE):
+    if PROLOGUE == "silu_mul" or PROLOGUE == "gelu_mul" or PROLOGUE == "gelu_tanh_mul":
         gate = tl.load(gate_ptr + column, mask=mask, other=0.0).to(tl.float32)
-    elif HAS_WEIGHT:
-        gain = tl.load(norm_weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        bias = tl.load(norm_bias_ptr + column, mask=mask, other=0.0).to(tl.float32)
-    x = apply_prologue(x, gate, gain, bias, mean, inverse_deviation, DTYPE, PROLOGUE, ADD_ONE, HAS_WEIGHT, HAS_BIAS)
-    return tl.where(mask, x, 0.0)
+        if PROLOGUE == "silu_mul":
+            gate = gate / (1.0 + tl.exp(-gate))
+        elif PROLOGUE == "gelu_mul":
+            gate = 0.5 * gate * (1.0 + tl.erf(0.7071067811865476 * gate))
+        else:
+            gate = _gelu_tanh(gate)
+        x = (x * gate.to(DTYPE).to(tl.float32)).to(DTYPE).to(tl.float32)
+    elif PROLOGUE != "none":
+        x = (x - mean) * inverse_deviation
+        if PROLOGUE == "rms_norm_cast":
+            x = x.to(DTYPE).to(tl.float32)
+        if HAS_WEIGHT:
+            gain = tl.load(norm_weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
+            if ADD_ONE:
+                gain = gain + 1.0
+            x = x * gain
+        if HAS_BIAS:
+            x = x + tl.load(norm_bias_ptr + column, mask=mask, other=0.0).to(tl.float32)
+        x = tl.where(mask, x.to(DTYPE).to(tl.float32), 0.0)
+    return x
 
 
 @triton.jit
@@ -195,7 +159,7 @@ def rotate(
     )
     if HAS_SCALE:
         x = x * tl.load(pre_scale_ptr + column, mask=mask, other=0.0).to(tl.float32)
-    x = x * signs_of(place, SEED)
+    x = x * _signs(place, SEED)
     return hadamard(x, PARTS, BLOCK) * (1.0 / (BLOCK**0.5)), column, inside
 
 
@@ -257,7 +221,7 @@ def rotate_quantize_kernel(
         norm_bias_ptr += row // period * stride_norm
     mean = 0.0
     inverse_deviation = 1.0
-    if is_norm(PROLOGUE):
+    if PROLOGUE == "rms_norm" or PROLOGUE == "rms_norm_cast" or PROLOGUE == "layer_norm":
         # rows that are padding have no statistics
         mean, inverse_deviation = row_statistics(row_ptr, tl.where(m < M, in_features, 0), eps, PROLOGUE)
     r, column, inside = rotate(
@@ -353,7 +317,7 @@ def fp8_scale_kernel(
         norm_bias_ptr += m // period * stride_norm
     mean = 0.0
     inverse_deviation = 1.0
-    if is_norm(PROLOGUE):
+    if PROLOGUE == "rms_norm" or PROLOGUE == "rms_norm_cast" or PROLOGUE == "layer_norm":
         mean = tl.load(statistics_ptr + 2 * m)
         inverse_deviation = tl.load(statistics_ptr + 2 * m + 1)
     row_ptr = x_ptr + m * stride_xm
@@ -428,7 +392,7 @@ def rotate_kernel(
         norm_bias_ptr += m // period * stride_norm
     mean = 0.0
     inverse_deviation = 1.0
-    if is_norm(PROLOGUE):
+    if PROLOGUE == "rms_norm" or PROLOGUE == "rms_norm_cast" or PROLOGUE == "layer_norm":
         mean = tl.load(statistics_ptr + 2 * m)
         inverse_deviation = tl.load(statistics_ptr + 2 * m + 1)
     r, column, inside = rotate(

@@ -159,6 +159,65 @@ def first_unit(block, each, rest):
 
 
 @triton.jit
+def block_of_unit(unit, each, rest):
+    """Whose run a unit is in."""
+    longer = rest * (each + 1)
+    return tl.where(unit < longer, unit // (each + 1), rest + (unit - longer) // tl.maximum(each, 1))
+
+
+@triton.jit
+def meet_in_memory(
+    totals,
+    lane,
+    warp,
+    partial_ptr,
+    counter_ptr,
+    part,
+    first_part,
+    other_parts,
+    parts,
+    counter,
+    stride,
+    BLOCKS: tl.constexpr,
+    NUM_WARPS: tl.constexpr,
+):
+    """Sums of all parts of a strip, and whether this warp has them, which is the last one that gets here.
+
+    Parts lie in `partial_ptr` as threads hold them, fp32 `[places, warps, BLOCKS, 32, 4]`: this one at place `part`, the first at
+    `first_part`, the i-th at `other_parts + i * stride`. `counter` is the strip's.
+    """
+    for b in tl.static_range(BLOCKS):
+        place = (part * NUM_WARPS + warp).to(tl.int64) * (128 * BLOCKS) + (128 * b + 4 * lane)
+        store_16(partial_ptr + place, totals[4 * b], totals[4 * b + 1], totals[4 * b + 2], totals[4 * b + 3])
+    last = count_in(counter_ptr + counter, lane, NUM_WARPS) == parts - 1
+    # all loads of a round are under way together
+    ROUND: tl.constexpr = 8 // BLOCKS if BLOCKS <= 4 else 2
+    totals = zeros_of(lane, 4 * BLOCKS)
+    for first in range(0, parts, ROUND):
+        loaded = ()
+        for s in tl.static_range(ROUND):
+            i = first + s
+            place_of = tl.where(i == 0, first_part, other_parts + stride * i)
+            for b in tl.static_range(BLOCKS):
+                place = (place_of * NUM_WARPS + warp).to(tl.int64) * (128 * BLOCKS) + (128 * b + 4 * lane)
+                loaded = loaded + load_16_float(partial_ptr + place, last & (i < parts))
+        for s in tl.static_range(ROUND):
+            summed = ()
+            for k in tl.static_range(4 * BLOCKS):
+                summed = summed + (totals[k] + loaded[4 * BLOCKS * s + k],)
+            totals = summed
+    return totals, last
+
+
+@triton.jit
+def zeros_of(thread, COUNT: tl.constexpr):
+    zeros = ()
+    for _ in tl.static_range(COUNT):
+        zeros = zeros + ((thread * 0).to(tl.float32),)
+    return zeros
+
+
+@triton.jit
 def store_strip(
     totals,
     strip,
@@ -191,78 +250,3 @@ def store_strip(
             if HAS_RESIDUAL:
                 value += load_global(residual_ptr + m.to(tl.int64) * stride_residual + (column + row), mask).to(tl.float32)
             store_global(out_ptr + m.to(tl.int64) * total + (column + row), value.to(out_ptr.dtype.element_ty), mask)
-
-
-@triton.jit
-def finish(
-    totals,
-    strip,
-    column,
-    part,
-    m0,
-    M,
-    M_PAD,
-    N,
-    total,
-    lane,
-    warp,
-    bias_ptr,
-    residual_ptr,
-    stride_residual,
-    out_ptr,
-    partial_ptr,
-    counter_ptr,
-    BLOCKS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    NUM_WARPS: tl.constexpr,
-):
-    """Sums of a warp's 16 rows and `8 BLOCKS` batch columns from m0 on, four per thread and block, to the output.
-
-    Of several parts the last one adds them up: they lie in `partial_ptr` as threads hold them, fp32 `[parts, strips, BLOCKS, 32, 4]`.
-    """
-    splits = tl.num_programs(1)
-    mine = strip * 16 + lane * 0 < N
-    if SPLIT:
-        # strips beyond the last row count too
-        strips = tl.num_programs(0) * tl.num_programs(2) * NUM_WARPS
-        mine_among = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * NUM_WARPS + warp
-        for b in tl.static_range(BLOCKS):
-            place = (part * strips + mine_among).to(tl.int64) * (128 * BLOCKS) + (128 * b + 4 * lane)
-            store_16(partial_ptr + place, totals[4 * b], totals[4 * b + 1], totals[4 * b + 2], totals[4 * b + 3])
-        mine = mine & (count_in(counter_ptr + mine_among, lane, NUM_WARPS) == splits - 1)
-        # all loads of a round are under way together
-        ROUND: tl.constexpr = 8 // BLOCKS if BLOCKS <= 4 else 2
-        totals = ()
-        for _ in tl.static_range(4 * BLOCKS):
-            totals = totals + ((lane * 0).to(tl.float32),)
-        for first in range(0, splits, ROUND):
-            parts = ()
-            for s in tl.static_range(ROUND):
-                for b in tl.static_range(BLOCKS):
-                    place = ((first + s) * strips + mine_among).to(tl.int64) * (128 * BLOCKS) + (128 * b + 4 * lane)
-                    parts = parts + load_16_float(partial_ptr + place, mine & (first + s < splits))
-            for s in tl.static_range(ROUND):
-                summed = ()
-                for i in tl.static_range(4 * BLOCKS):
-                    summed = summed + (totals[i] + parts[4 * BLOCKS * s + i],)
-                totals = summed
-    store_strip(
-        totals,
-        strip,
-        mine,
-        column,
-        m0,
-        M,
-        N,
-        total,
-        lane,
-        bias_ptr,
-        residual_ptr,
-        stride_residual,
-        out_ptr,
-        BLOCKS,
-        HAS_BIAS,
-        HAS_RESIDUAL,
-    )

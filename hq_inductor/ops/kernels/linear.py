@@ -2,11 +2,12 @@
 
 Definition.  `out[m, n] = bias[n] + sum_t act_scale[t, m] * scale[n, t] * (sum_k codes[n, t, k] * x[m, t, k])`, inner sums exact in int32,
              outer sums in fp32; plus `residual[m, n]` if there is one.
-Storage.     Activations as `hq_inductor.ops.kernels.activations` writes them; or, of up to ROWS rows, as they are: the block makes the
-             rest of them itself (`hq_inductor.ops.kernels.rotate_rows`).
+Storage.     Activations as `hq_inductor.ops.kernels.activations` writes them.
 Work.        A strip is 16 rows of the weight. SHARING warps share its tiles, warp i of them takes tiles i, i + SHARING, ..., and their sums
-             meet in shared memory: no sum leaves a multiprocessor unfinished, whatever the sizes. A block's warps have a panel of
-             NUM_WARPS / SHARING strips; as many blocks as live at once take panels in turns.
+             meet in shared memory: no sum leaves a multiprocessor unfinished, and a small weight keeps all of them at work. A block's
+             warps have a panel of NUM_WARPS / SHARING strips; as many blocks as live at once take panels in turns.
+             Of a weight with many panels none is shared: there the tiles of all panels are dealt to the blocks in equal RUNS, and the
+             few panels that two blocks have tiles of meet in memory.
              A warp decodes two vectors at a time, one of row r and one of row r + 8: together the A operand of one `mma.m16n8k32`, which
              every 8 columns of the batch then use. While it decodes a tile, the stream plane of the next one is on its way to shared
              memory, and the raw words of the next group to registers.
@@ -19,28 +20,24 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .bits import INTERPRETED
-from .blocks import count_panels, load_chunks, stage_stream, store_strip, tile_offset, weight_of_panel
-from .memory import load_16, load_global, store_global
-from .rotate_rows import rotate_rows, scales_address, sign_bits, zeros_address
-from .shared import (
-    TABLE_BYTES,
-    declare_shared,
-    load_shared_16,
-    load_shared_float,
-    load_table,
-    scratch_address,
-    store_shared_16,
-    wait_copies,
+from .blocks import (
+    block_of_unit,
+    count_panels,
+    first_unit,
+    load_chunks,
+    meet_in_memory,
+    stage_stream,
+    store_strip,
+    tile_offset,
+    weight_of_panel,
+    zeros_of,
 )
+from .memory import load_16, load_global, store_global
+from .shared import TABLE_BYTES, declare_shared, load_shared_float, load_table, store_shared_16, wait_copies
 from .tile import decode_vector, first_cursor, first_words, load_raw, next_quads, read_header, restore_signs, stream_word
 from .warp import mma_s8
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
-
-
-def sums_bytes(columns: int, num_warps: int) -> int:
-    """Shared memory in which the sums of a block's warps meet, 8 columns at a time, in turns."""
-    return 512 * num_warps * min(columns // 8, 2)
 
 
 if INTERPRETED:
@@ -77,7 +74,7 @@ def _finish_panel(
     HAS_RESIDUAL: tl.constexpr,
     NUM_WARPS: tl.constexpr,
 ):
-    """Sums of a block's strips, `strips` and on, to the output; `totals` as MMAs leave them, `sums_address` of `sums_bytes`."""
+    """Sums of a block's strips, `strips` and on, to the output; `totals` as MMAs leave them, `sums_address` of `SUMS_BYTES`."""
     lane = thread % 32
     warp = thread // 32
     if SHARING == 1 or _INTERPRETED:
@@ -150,13 +147,11 @@ def _multiply_group(
     STREAM: tl.constexpr,
     ROW_BYTES: tl.constexpr,
     BLOCKS: tl.constexpr,
-    ROWS: tl.constexpr,
     NUM_WARPS: tl.constexpr,
 ):
     """Decode a group of both rows and add its products to `sums`.
 
-    `source` is the activations' pointer and the distance of two MMAs, `place` the offset of the next ones; with ROWS there is no pointer,
-    and `place` an address in shared memory.
+    `source` is the activations' pointer and the distance of two MMAs, `place` the offset of the next ones.
     """
     AHEAD: tl.constexpr = BLOCKS if BLOCKS <= 2 else 1
     first_u, second_u, x_u, first_v, second_v, x_v = cursors
@@ -165,13 +160,10 @@ def _multiply_group(
     for v in tl.static_range(4):
         if v % 2 == 0:
             # long before they are multiplied, as far as registers go
+            x_ptr = source[0] + place
             columns = ()
-            if ROWS > 0:
-                columns = load_shared_16(place)
-            else:
-                x_ptr = source[0] + place
-                for b in tl.static_range(AHEAD):
-                    columns = columns + load_16(x_ptr + b * 512)
+            for b in tl.static_range(AHEAD):
+                columns = columns + load_16(x_ptr + b * 512)
         e0, e1, first_u, second_u, x_u = next_quads(
             first_u, second_u, x_u, odd, streams[0], table_ptr, table_address, LENGTH_PLACE, STREAM, ROW_BYTES
         )
@@ -201,14 +193,16 @@ def _multiply_group(
 
 
 # one binary for all sizes
-@triton.jit(do_not_specialize=["M", "M_PAD", "N", "N1", "N2", "N3", "tiles", "features", "stride_xm", "stride_gm", "eps"])
+@triton.jit(do_not_specialize=["M", "M_PAD", "N", "N1", "N2", "N3", "tiles"])
 def linear_kernel(
     words_ptr,  # [N, tiles, WORDS] int32
     table_ptr,  # [4096] int32
-    x_ptr,  # [tiles * TILE / 64, M_PAD, 64] int8; with ROWS [M, features], rows stride_xm apart
-    act_scale_ptr,  # [tiles, M_PAD] fp32; with ROWS anything
+    x_ptr,  # [tiles * TILE / 64, M_PAD, 64] int8
+    act_scale_ptr,  # [tiles, M_PAD] fp32
     bias_ptr,  # [N], or anything if not HAS_BIAS
     out_ptr,  # [M, N + N1 + N2 + N3]
+    partial_ptr,  # with RUNS fp32 of `meet_in_memory`: of each program a place for a panel that begins in its run, one for one before
+    counter_ptr,  # with RUNS [blocks of columns, panels, warps] int32 zeros
     M,
     M_PAD,
     N,
@@ -224,14 +218,6 @@ def linear_kernel(
     N1,
     N2,
     N3,
-    gate_ptr,  # from here on of `rotate_rows`, anything if ROWS is 0
-    norm_weight_ptr,
-    pre_scale_ptr,
-    scratch_ptr,  # stands in for shared memory under the interpreter
-    features,
-    stride_xm,
-    stride_gm,
-    eps,
     LATTICE: tl.constexpr,
     K: tl.constexpr,
     SHIFT: tl.constexpr,
@@ -245,19 +231,14 @@ def linear_kernel(
     ROW_BYTES: tl.constexpr,
     COLUMNS: tl.constexpr,
     SHARING: tl.constexpr,
+    RUNS: tl.constexpr,  # then SHARING is 1
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     SIBLINGS: tl.constexpr,
     NUM_WARPS: tl.constexpr,
     PDL: tl.constexpr,
-    ROWS: tl.constexpr,  # rows of activations that the block rotates itself, a power of two up to 8, or 0
-    SEED: tl.constexpr,
-    PROLOGUE: tl.constexpr,
-    ADD_ONE: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
 ):
-    """Program (i, c): every `num_programs(0)`-th panel from the i-th on, batch columns COLUMNS c on."""
+    """Program (i, c): every `num_programs(0)`-th panel from the i-th on, or the i-th run; batch columns COLUMNS c on."""
     STREAM: tl.constexpr = WORDS - RAW
     END: tl.constexpr = 32 * STREAM
     GROUPS: tl.constexpr = TILE // 128
@@ -277,34 +258,39 @@ def linear_kernel(
     pointers = (words_ptr, words1_ptr, words2_ptr, words3_ptr, bias_ptr, bias1_ptr, bias2_ptr, bias3_ptr)
     rows = (N, N1, N2, N3)
     panels, total = count_panels(rows, SIBLINGS, 16 * STRIPS)
-    panel = tl.program_id(0)
+    turns = (tiles + SHARING - 1) // SHARING  # of a panel
+    each = panels * tiles // tl.num_programs(0)
+    rest = panels * tiles % tl.num_programs(0)
+    if RUNS:
+        begin = first_unit(tl.program_id(0), each, rest)
+        rounds = first_unit(tl.program_id(0) + 1, each, rest) - begin
+        panel = begin // tiles
+        turn = begin % tiles
+    else:
+        panel = tl.program_id(0)
+        turn = 0
+        rounds = turns * ((panels - panel + tl.num_programs(0) - 1) // tl.num_programs(0))
     words_ptr, bias_ptr, N, weight_panel, column = weight_of_panel(panel, pointers, rows, SIBLINGS, 16 * STRIPS)
     m0 = tl.program_id(1) * COLUMNS
     strip = weight_panel * STRIPS + warp // SHARING
-    turns = (tiles + SHARING - 1) // SHARING
-    t = share
+    t = share + SHARING * turn
+    begins = turn == 0
 
     # offsets of 32 bits from here on, where registers are dear: a weight has less than 2^31 words
     x_step = M_PAD * 64
-    x_row = (m0 + r) * 64 + j * 16
+    # of a few rows of activations the rest are zeros: one of those is enough
+    x_row = tl.minimum(m0 + r, M) * 64 + j * 16
     # of a warp: two buffers, used in turns
     BUFFER: tl.constexpr = 16 * (ROW_BYTES + 8)
     table_address = thread * 0
     buffers = thread * 0
     sums_address = thread * 0
-    x_address = thread * 0
-    if ROWS > 0:
-        signs = sign_bits(lane, SEED)
-        if _INTERPRETED:
-            x_address = scratch_address(scratch_ptr, thread)
     if not _INTERPRETED:
         table_address = declare_shared(thread)
         load_table(table_ptr, table_address, thread, NUM_WARPS)
         staged: tl.constexpr = 2 * BUFFER if ROW_BYTES > 0 else 0
         buffers = table_address + TABLE_BYTES + warp * staged
         sums_address = table_address + (TABLE_BYTES + NUM_WARPS * staged)
-        # of 8 columns there is one buffer for sums
-        x_address = sums_address + 512 * NUM_WARPS
         if ROW_BYTES > 0:
             stage_stream(words_ptr, strip, t, N, tiles, lane, buffers, RAW, WORDS, ROW_BYTES, ALIGNED)
     tile_u = tile_offset(strip, r, t, N, tiles, WORDS)
@@ -321,48 +307,19 @@ def linear_kernel(
     if PDL:
         # all above reads only constants, and may run while the kernel before, which writes the activations, still does
         gdc_wait()
-    if ROWS > 0:
-        rotate_rows(
-            x_ptr,
-            gate_ptr,
-            norm_weight_ptr,
-            pre_scale_ptr,
-            x_address,
-            signs,
-            thread,
-            M,
-            features,
-            tiles,
-            stride_xm,
-            stride_gm,
-            eps,
-            ROWS,
-            PROLOGUE,
-            ADD_ONE,
-            HAS_WEIGHT,
-            HAS_SCALE,
-            LATTICE,
-            NUM_WARPS,
-        )
-        # threads of columns that are not there stay with the zeros
-        x_step = tl.where(r < ROWS, 64 * ROWS, 0)
-        x_row = tl.where(r < ROWS, x_address + (64 * r + 16 * j), zeros_address(x_address, tiles, ROWS))
-        x_scales = scales_address(x_address, tiles, ROWS)
     # bits before the rows' stream planes: in shared memory, or of a plane by itself
     bits_u = thread * 0
     bits_v = bits_u
 
-    totals = ()
-    for _ in tl.static_range(4 * BLOCKS):
-        totals = totals + ((thread * 0).to(tl.float32),)
+    totals = zeros_of(thread, 4 * BLOCKS)
     buffer = 0
-    turn = 0
-    rounds = turns * ((panels - panel + tl.num_programs(0) - 1) // tl.num_programs(0))
     for i in range(rounds):
         # what comes next: the same again after the last one
         wraps = turn + 1 == turns
-        next_panel = tl.where(wraps & (i + 1 < rounds), panel + tl.num_programs(0), panel)
-        next_t = tl.where(wraps, share, t + SHARING)
+        last = i + 1 == rounds
+        next_panel = tl.where(wraps & (i + 1 < rounds), panel + (1 if RUNS else tl.num_programs(0)), panel)
+        next_turn = tl.where(wraps, 0, turn + 1)
+        next_t = share + SHARING * next_turn
         next_words_ptr, next_bias_ptr, next_N, next_weight_panel, next_column = weight_of_panel(
             next_panel, pointers, rows, SIBLINGS, 16 * STRIPS
         )
@@ -378,11 +335,7 @@ def linear_kernel(
         inside = tl.minimum(t, tiles - 1)
         column_ptr = act_scale_ptr + inside * M_PAD + m0 + 2 * j
         column_scales = ()
-        if ROWS > 0:
-            for i in tl.static_range(2):
-                scale = load_shared_float(x_scales + 4 * (inside * ROWS + tl.minimum(2 * j + i, ROWS - 1)))
-                column_scales = column_scales + (tl.where(2 * j + i < ROWS, scale, 0.0),)
-        elif BLOCKS <= 2:
+        if BLOCKS <= 2:
             # under way long before the end of the tile, as far as registers go
             for b in tl.static_range(BLOCKS):
                 column_scales = column_scales + (load_global(column_ptr + 8 * b), load_global(column_ptr + 8 * b + 1))
@@ -437,7 +390,6 @@ def linear_kernel(
                     STREAM,
                     ROW_BYTES,
                     BLOCKS,
-                    ROWS,
                     NUM_WARPS,
                 )
         else:
@@ -466,7 +418,6 @@ def linear_kernel(
                     STREAM,
                     ROW_BYTES,
                     BLOCKS,
-                    ROWS,
                     NUM_WARPS,
                 )
 
@@ -484,34 +435,74 @@ def linear_kernel(
                 totals[4 * b + 3] + sums[4 * b + 3].to(tl.float32) * (s1 * scale_v),
             )
         totals = updated
-        if wraps:
+        if wraps | last:
             if PDL:
                 # not before: what starts early takes its place among the blocks of this kernel that still wait for theirs
                 gdc_launch_dependents()
-            _finish_panel(
-                totals,
-                weight_panel * STRIPS,
-                column,
-                m0,
-                M,
-                N,
-                total,
-                thread,
-                sums_address,
-                bias_ptr,
-                residual_ptr,
-                stride_residual,
-                out_ptr,
-                BLOCKS,
-                SHARING,
-                HAS_BIAS,
-                HAS_RESIDUAL,
-                NUM_WARPS,
-            )
-            totals = ()
-            for _ in tl.static_range(4 * BLOCKS):
-                totals = totals + ((thread * 0).to(tl.float32),)
-        turn = tl.where(wraps, 0, turn + 1)
+            if RUNS:
+                mine = strip * 16 + lane * 0 < N
+                first_block = block_of_unit(panel * tiles, each, rest)
+                parts = block_of_unit(panel * tiles + (tiles - 1), each, rest) - first_block + 1
+                if parts > 1:
+                    programs = tl.program_id(1) * tl.num_programs(0)
+                    totals, finished = meet_in_memory(
+                        totals,
+                        lane,
+                        warp,
+                        partial_ptr,
+                        counter_ptr,
+                        2 * (programs + tl.program_id(0)) + tl.where(begins, 0, 1),
+                        2 * (programs + first_block),
+                        2 * (programs + first_block) + 1,
+                        parts,
+                        (tl.program_id(1) * panels + panel) * NUM_WARPS + warp,
+                        2,
+                        BLOCKS,
+                        NUM_WARPS,
+                    )
+                    mine = mine & finished
+                store_strip(
+                    totals,
+                    strip,
+                    mine,
+                    column,
+                    m0,
+                    M,
+                    N,
+                    total,
+                    lane,
+                    bias_ptr,
+                    residual_ptr,
+                    stride_residual,
+                    out_ptr,
+                    BLOCKS,
+                    HAS_BIAS,
+                    HAS_RESIDUAL,
+                )
+            else:
+                _finish_panel(
+                    totals,
+                    weight_panel * STRIPS,
+                    column,
+                    m0,
+                    M,
+                    N,
+                    total,
+                    thread,
+                    sums_address,
+                    bias_ptr,
+                    residual_ptr,
+                    stride_residual,
+                    out_ptr,
+                    BLOCKS,
+                    SHARING,
+                    HAS_BIAS,
+                    HAS_RESIDUAL,
+                    NUM_WARPS,
+                )
+            totals = zeros_of(thread, 4 * BLOCKS)
+        begins = begins | wraps
+        turn = next_turn
         t = next_t
         tile_u = next_u
         tile_v = next_v

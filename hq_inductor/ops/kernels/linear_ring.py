@@ -18,14 +18,16 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .bits import INTERPRETED
 from .blocks import (
     count_panels,
-    finish,
     load_chunks,
     load_staged_chunks,
+    meet_in_memory,
     stage_scales,
     stage_stream,
     stage_tiles,
+    store_strip,
     tile_offset,
     weight_of_panel,
+    zeros_of,
 )
 from .memory import load_global
 from .shared import TABLE_BYTES, commit_copies, load_shared_floats, load_table, shared_base, wait_copies
@@ -84,7 +86,7 @@ def _ring_block(
     act_scale_ptr,  # [tiles, M_PAD] fp32
     bias_ptr,  # [N], or anything if not HAS_BIAS
     out_ptr,  # [M, N + N1 + N2 + N3]
-    partial_ptr,  # fp32 if SPLIT: `finish`
+    partial_ptr,  # fp32 if SPLIT: `meet_in_memory`
     counter_ptr,  # [blocks] int32 zeros if SPLIT
     M,
     M_PAD,
@@ -135,7 +137,7 @@ def _ring_block(
 
     pointers = (words_ptr, words1_ptr, words2_ptr, words3_ptr, bias_ptr, bias1_ptr, bias2_ptr, bias3_ptr)
     rows = (N, N1, N2, N3)
-    _, total = count_panels(rows, SIBLINGS, 16 * NUM_WARPS)
+    panels, total = count_panels(rows, SIBLINGS, 16 * NUM_WARPS)
     words_ptr, bias_ptr, N, panel, column = weight_of_panel(tl.program_id(0), pointers, rows, SIBLINGS, 16 * NUM_WARPS)
     part = tl.program_id(1)
     m0 = tl.program_id(2) * COLUMNS
@@ -200,9 +202,7 @@ def _ring_block(
     bits_u = thread * 0
     bits_v = bits_u
 
-    totals = ()
-    for _ in tl.static_range(4 * BLOCKS):
-        totals = totals + ((thread * 0).to(tl.float32),)
+    totals = zeros_of(thread, 4 * BLOCKS)
     for t in range(first_tile, last_tile):
         # not read where the planes have copies
         streams = (words_ptr + tile_u + RAW, words_ptr + tile_v + RAW)
@@ -340,29 +340,44 @@ def _ring_block(
     if PDL:
         # not before: what starts early takes its place among the blocks of this kernel that still wait for theirs
         gdc_launch_dependents()
-    finish(
+    mine = strip * 16 + lane * 0 < N
+    if SPLIT:
+        # panels of all blocks of columns
+        among = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+        apart = tl.num_programs(0) * tl.num_programs(2)
+        totals, last = meet_in_memory(
+            totals,
+            lane,
+            warp,
+            partial_ptr,
+            counter_ptr,
+            part * apart + among,
+            among,
+            among,
+            splits,
+            among * NUM_WARPS + warp,
+            apart,
+            BLOCKS,
+            NUM_WARPS,
+        )
+        mine = mine & last
+    store_strip(
         totals,
         strip,
+        mine,
         column,
-        part,
         m0,
         M,
-        M_PAD,
         N,
         total,
         lane,
-        warp,
         bias_ptr,
         residual_ptr,
         stride_residual,
         out_ptr,
-        partial_ptr,
-        counter_ptr,
         BLOCKS,
-        SPLIT,
         HAS_BIAS,
         HAS_RESIDUAL,
-        NUM_WARPS,
     )
 
 

@@ -88,12 +88,8 @@ if INTERPRETED:
         tl.store(pointer + 3, d)
 
     @triton.jit
-    def store_shared(address, value, mask=True):
-        tl.store(address.to(tl.pointer_type(tl.int32)), value, mask=(address * 0 + mask) != 0)
-
-    @triton.jit
-    def store_shared_float(address, value, mask=True):
-        tl.store(address.to(tl.pointer_type(tl.float32)), value, mask=(address * 0 + mask) != 0)
+    def store_shared(address, value):
+        tl.store(address.to(tl.pointer_type(tl.int32)), value)
 
     @triton.jit
     def copy_async(address, pointer, BYTES: tl.constexpr):
@@ -156,21 +152,9 @@ else:
         )
 
     @triton.jit
-    def store_shared(address, value, mask=True):
+    def store_shared(address, value):
         """One int32 word per thread."""
-        tl.inline_asm_elementwise(
-            "{.reg .pred p; setp.ne.s32 p, $3, 0; @p st.shared.b32 [$1], $2; mov.u32 $0, $1;}",
-            "=r,r,r,r",
-            [address, value, address * 0 + mask],
-            tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-    @triton.jit
-    def store_shared_float(address, value, mask=True):
-        """One fp32 per thread."""
-        store_shared(address, value.to(tl.int32, bitcast=True), mask)
+        tl.inline_asm_elementwise("st.shared.b32 [$1], $2; mov.u32 $0, $1;", "=r,r,r", [address, value], tl.int32, is_pure=False, pack=1)
 
     @triton.constexpr_function
     def _copy_asm(size):
