@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from hq_inductor import HyperQuantTensor
 from hq_inductor.ops.fused import int8_linear
-from hq_inductor.ops.launch import REGISTERS, RING_REGISTERS, TIGHT_REGISTERS, LinearLaunch, ring_products
+from hq_inductor.ops.launch import REGISTERS, RING_REGISTERS, TIGHT_REGISTERS, LinearLaunch, RingLaunch, multiprocessors, ring_products
 from hq_inductor.ops.registry import tile_layout
 
 SHAPES = [(4096, 4096), (6144, 4096), (14336, 4096), (28672, 4096), (4096, 14336), (8192, 8192), (28672, 8192), (8192, 28672)]
@@ -109,7 +109,7 @@ def read_rate(results: list[dict]) -> float:
     return max(2 * row["N"] * row["K"] / row["time_us"]["cuBLAS bf16"] for row in results)
 
 
-def tune(rows: int, columns: int, batch: int) -> list[tuple[float, LinearLaunch]]:
+def tune(rows: int, columns: int, batch: int) -> list[tuple[float, LinearLaunch | RingLaunch]]:
     """Launches of the fused kernel, fastest first."""
     weights = packed_weights(rows, columns, 4)
     layout = tile_layout("e8", weights[0].tile, weights[0].code, weights[0].qdata.shape[-1])
@@ -117,10 +117,16 @@ def tune(rows: int, columns: int, batch: int) -> list[tuple[float, LinearLaunch]
     tiles = columns // layout.tile
     splits = sorted({1, 2, 3, 4, max(1, tiles // 4), max(1, tiles // 2), tiles} & set(range(1, tiles + 1)))
     columns_of = next((c for c in REGISTERS if batch <= c), max(REGISTERS))
-    launches = [LinearLaunch(columns_of, s, 8, registers) for s in splits for registers in {REGISTERS[columns_of], TIGHT_REGISTERS}]
+    launches = []
+    for registers, held in ((REGISTERS[columns_of], 2), (TIGHT_REGISTERS, 3)):
+        slots = held * multiprocessors(x.device) // -(-batch // columns_of)
+        for sharing in (0, 1, 2, 4, 8):
+            panels = -(-rows * max(1, sharing) // 128)
+            blocks = {min(panels, slots), panels} if sharing else {min(panels * tiles, slots)}
+            launches += [LinearLaunch(columns_of, b, 8, sharing, registers) for b in sorted(blocks)]
     if ring_products(x.device):
         columns_of = next((c for c in RING_REGISTERS if batch <= c), max(RING_REGISTERS))
-        launches += [LinearLaunch(columns_of, s, warps, RING_REGISTERS[columns_of], True) for s in splits for warps in (4, 8)]
+        launches += [RingLaunch(columns_of, s, warps, RING_REGISTERS[columns_of]) for s in splits for warps in (4, 8)]
     found = []
     for launch in launches:
         calls = [lambda w=w, launch=launch: int8_linear(x, w.qdata, None, None, layout, 0, launch) for w in weights]

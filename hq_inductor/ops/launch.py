@@ -19,7 +19,11 @@ REGISTERS = {8: 128, 16: 128, 32: 128}
 RING_REGISTERS = {64: 128, 96: 0, 128: 0}
 # three of them, and how much longer a tile takes then
 TIGHT_REGISTERS = 80
-TIGHT_TURN = 1.35
+TIGHT_TURN = 1.45
+# what runs cost on top, in tiles that a warp decodes one after the other
+RUN_TURNS = 0.75
+# units per multiprocessor, tiles of all rows of a block's warps, from which on waves of so many tiles per warp pay
+WAVES, WAVE_TILES = 20, 4
 # rows of a warp, columns of an MMA
 WARP_ROWS = 16
 MMA_COLUMNS = 8
@@ -163,7 +167,8 @@ def fused_batch(device: torch.device) -> int:
 def linear_launch(batch: int, rows: int, tiles: int, processors: int, row_bytes: int, ring: bool) -> LinearLaunch | RingLaunch:
     """Launch for `[batch, K] x [rows, K]^T`, `tiles` tiles per row, `row_bytes` of `hq_inductor.ops.kernels.shared`; `ring`: may be one.
 
-    As many blocks as multiprocessors hold. The ring pays from 33 columns up.
+    As many blocks as multiprocessors hold; of very large weights with few columns waves of them, of four tiles each. Measured (H200,
+    2026-11-24, `benchmarks/linear.py --tune`). The ring pays from 33 columns up.
     """
     if ring and batch > max(REGISTERS):
         columns = next((c for c in RING_REGISTERS if batch <= c), max(RING_REGISTERS))
@@ -172,28 +177,33 @@ def linear_launch(batch: int, rows: int, tiles: int, processors: int, row_bytes:
         slots = processors * ring_warps(columns) // num_warps
         return RingLaunch(columns, even_parts(tiles, slots // blocks), num_warps, RING_REGISTERS[columns])
     columns = next((c for c in REGISTERS if batch <= c), max(REGISTERS))
-    num_warps, column_blocks = decode_warps(row_bytes), -(-batch // columns)
-    slots = max(1, 2 * processors * (8 // num_warps) // column_blocks)
-    turns, sharing = _sharing(rows, tiles, num_warps, slots)
-    registers = REGISTERS[columns]
-    if columns == MMA_COLUMNS:
-        tight_turns, tight_sharing = _sharing(rows, tiles, num_warps, slots * 3 // 2)
+    num_warps = decode_warps(row_bytes)
+    slots = max(1, 2 * processors * (8 // num_warps) // -(-batch // columns))
+    turns, sharing, blocks = _deal(rows, tiles, num_warps, slots)
+    # of blocks of fewer warps, which have long stream planes, shared memory does not hold more
+    if columns == MMA_COLUMNS and num_warps == 8:
+        if rows * tiles > WAVES * processors * WARP_ROWS * num_warps and tiles in (WAVE_TILES * n for n in (1, 2, 4, 8) if n <= num_warps):
+            sharing = tiles // WAVE_TILES
+            panels = -(-rows * sharing // (WARP_ROWS * num_warps))
+            return LinearLaunch(columns, panels, num_warps, sharing, TIGHT_REGISTERS)
+        tight_turns, tight_sharing, tight_blocks = _deal(rows, tiles, num_warps, slots * 3 // 2)
         if tight_turns * TIGHT_TURN < turns:
-            slots, sharing, registers = slots * 3 // 2, tight_sharing, TIGHT_REGISTERS
-    panels = -(-rows // (WARP_ROWS * num_warps // sharing))
-    return LinearLaunch(columns, max(1, min(panels, slots)), num_warps, sharing, registers)
+            return LinearLaunch(columns, tight_blocks, num_warps, tight_sharing, TIGHT_REGISTERS)
+    return LinearLaunch(columns, blocks, num_warps, sharing, REGISTERS[columns])
 
 
-def _sharing(rows: int, tiles: int, num_warps: int, slots: int) -> tuple[int, int]:
-    """Tiles that each warp decodes, one after the other, on a device with so many slots for blocks; how many warps share a strip for it."""
-    found = []
-    sharing = num_warps
-    while sharing:
-        panels = -(-rows // (WARP_ROWS * num_warps // sharing))
-        found.append((-(-panels // slots) * -(-tiles // sharing), sharing))
-        sharing //= 2
-    # of the fewest the first: what few rows a block has are soon done
-    return min(found, key=lambda pair: pair[0])
+def _deal(rows: int, tiles: int, num_warps: int, slots: int) -> tuple[float, int, int]:
+    """How tiles are dealt to as many blocks as a device has slots for: tiles that a warp decodes one after the other, `sharing`, blocks."""
+    panels = -(-rows // (WARP_ROWS * num_warps))
+    found = (panels * tiles / slots + RUN_TURNS, 0, min(panels * tiles, slots))
+    sharing = 1
+    while sharing <= num_warps:
+        panels = -(-rows * sharing // (WARP_ROWS * num_warps))
+        # one panel per block: between two of them its warps would wait for each other
+        if panels <= slots:
+            found = min(found, (-(-tiles // sharing), sharing, panels), key=lambda option: option[0])
+        sharing *= 2
+    return found
 
 
 def decode_blocks(panels: int, tiles: int, processors: int) -> int:

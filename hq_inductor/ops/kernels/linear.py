@@ -40,6 +40,11 @@ from .warp import mma_s8
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
 
+def sums_bytes(columns: int, num_warps: int) -> int:
+    """Shared memory in which the sums of a block's warps meet, 8 columns at a time, in turns."""
+    return 512 * num_warps * min(columns // 8, 2)
+
+
 if INTERPRETED:
 
     @triton.jit
@@ -74,7 +79,7 @@ def _finish_panel(
     HAS_RESIDUAL: tl.constexpr,
     NUM_WARPS: tl.constexpr,
 ):
-    """Sums of a block's strips, `strips` and on, to the output; `totals` as MMAs leave them, `sums_address` of `SUMS_BYTES`."""
+    """Sums of a block's strips, `strips` and on, to the output; `totals` as MMAs leave them, `sums_address` of `sums_bytes`."""
     lane = thread % 32
     warp = thread // 32
     if SHARING == 1 or _INTERPRETED:
@@ -278,8 +283,7 @@ def linear_kernel(
 
     # offsets of 32 bits from here on, where registers are dear: a weight has less than 2^31 words
     x_step = M_PAD * 64
-    # of a few rows of activations the rest are zeros: one of those is enough
-    x_row = tl.minimum(m0 + r, M) * 64 + j * 16
+    x_row = (m0 + r) * 64 + j * 16
     # of a warp: two buffers, used in turns
     BUFFER: tl.constexpr = 16 * (ROW_BYTES + 8)
     table_address = thread * 0

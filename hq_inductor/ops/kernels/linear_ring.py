@@ -137,7 +137,7 @@ def _ring_block(
 
     pointers = (words_ptr, words1_ptr, words2_ptr, words3_ptr, bias_ptr, bias1_ptr, bias2_ptr, bias3_ptr)
     rows = (N, N1, N2, N3)
-    panels, total = count_panels(rows, SIBLINGS, 16 * NUM_WARPS)
+    total = count_panels(rows, SIBLINGS, 16 * NUM_WARPS)[1]
     words_ptr, bias_ptr, N, panel, column = weight_of_panel(tl.program_id(0), pointers, rows, SIBLINGS, 16 * NUM_WARPS)
     part = tl.program_id(1)
     m0 = tl.program_id(2) * COLUMNS

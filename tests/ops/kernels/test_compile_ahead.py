@@ -21,7 +21,7 @@ from hq_inductor.ops.kernels.linear_ring import ring_linear_kernel  # noqa: E402
 from hq_inductor.ops.kernels.matmul import int8_matmul_kernel  # noqa: E402
 from hq_inductor.ops.kernels.shared import row_bytes  # noqa: E402
 from hq_inductor.ops.kernels.warpgroup import ring_shape  # noqa: E402
-from hq_inductor.ops.launch import REGISTERS, TIGHT_REGISTERS, linear_launch, matmul_launch, ring_warps  # noqa: E402
+from hq_inductor.ops.launch import REGISTERS, TIGHT_REGISTERS, RingLaunch, linear_launch, matmul_launch, ring_warps  # noqa: E402
 from hq_inductor.ops.prologue import LAYER_NORMS, NORMS, PROLOGUES  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -95,22 +95,23 @@ LINEAR = {
 
 
 @pytest.mark.parametrize(
-    ("capability", "lattice", "bps", "columns", "registers", "siblings"),
+    ("capability", "lattice", "bps", "columns", "registers", "siblings", "sharing"),
     [
-        (80, "e8", 4.0, 8, TIGHT_REGISTERS, 1),
-        (90, "e8", 4.0, 8, TIGHT_REGISTERS, 3),
-        (100, "e8", 4.0, 8, TIGHT_REGISTERS, 1),
-        (90, "e8", 4.0, 8, REGISTERS[8], 1),
-        (90, "e8", 4.0, 32, REGISTERS[32], 4),
-        (90, "e8", 3.5, 8, REGISTERS[8], 1),
-        (90, "d4", 3.0, 8, REGISTERS[8], 2),
-        (90, "e8", 2.0, 8, REGISTERS[8], 1),
+        (80, "e8", 4.0, 8, TIGHT_REGISTERS, 1, 8),
+        (90, "e8", 4.0, 8, TIGHT_REGISTERS, 3, 4),
+        (100, "e8", 4.0, 8, TIGHT_REGISTERS, 1, 8),
+        (90, "e8", 4.0, 8, REGISTERS[8], 1, 0),
+        (90, "e8", 4.0, 32, REGISTERS[32], 4, 8),
+        (90, "e8", 4.0, 32, REGISTERS[32], 1, 0),
+        (90, "e8", 3.5, 8, REGISTERS[8], 1, 1),
+        (90, "d4", 3.0, 8, REGISTERS[8], 2, 4),
+        (90, "e8", 2.0, 8, REGISTERS[8], 1, 4),
     ],
 )
-def test_linear(capability, lattice, bps, columns, registers, siblings, tmp_path):
+def test_linear(capability, lattice, bps, columns, registers, siblings, sharing, tmp_path):
     constants, num_warps = layout_constants(lattice, bps)
-    constants |= {"COLUMNS": columns, "SPLIT": True, "HAS_BIAS": True, "NUM_WARPS": num_warps, "PDL": capability >= 90}
-    constants |= {"HAS_RESIDUAL": True, "SIBLINGS": siblings, "STEPS": 1, "STAGES": 0}
+    constants |= {"COLUMNS": columns, "SHARING": max(1, sharing), "RUNS": sharing == 0, "HAS_BIAS": True, "HAS_RESIDUAL": True}
+    constants |= {"SIBLINGS": siblings, "NUM_WARPS": num_warps, "PDL": capability >= 90}
     options = {"maxnreg": registers} if registers else {}
     sass, used, shared = compile_ahead(linear_kernel, LINEAR, constants, capability, num_warps, tmp_path, **options)
     tiles_loop = loop_of(sass, "IMMA")
@@ -126,7 +127,7 @@ def test_linear_with_a_ring(lattice, bps, columns, tmp_path):
     constants, _ = layout_constants(lattice, bps)
     layout = weight_layout(4096, bps, lattice).tile
     launch = linear_launch(columns, 4096, 8, 132, constants["ROW_BYTES"], True)
-    assert launch.ring and launch.columns == columns
+    assert isinstance(launch, RingLaunch) and launch.columns == columns
     blocks = ring_warps(columns) // launch.num_warps
     shape = ring_shape(columns, launch.num_warps, blocks, layout.words, constants["ROW_BYTES"], stages_tiles(layout))
     steps, stages, staged, kilobytes = shape
