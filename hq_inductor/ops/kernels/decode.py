@@ -16,7 +16,7 @@ import triton.language as tl
 from .bits import INTERPRETED, shift_right
 from .blocks import first_unit, load_chunks, stage_stream, tile_offset
 from .shared import TABLE_BYTES, declare_shared, load_table, wait_copies
-from .tile import decode_vector, first_cursor, first_words, load_raw, next_quads, read_header, restore_signs, stream_word
+from .tile import decode_vector, first_cursor, first_window, header_word, load_raw, next_quads, read_header, restore_signs
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -222,7 +222,7 @@ def _scale(code):
 def _decode_group(
     raw_u,
     raw_v,
-    cursors,
+    windows,
     odd,
     streams,
     table_ptr,
@@ -238,23 +238,19 @@ def _decode_group(
     CODES: tl.constexpr,
 ):
     """Decode a group of both rows and store it."""
-    first_u, second_u, x_u, first_v, second_v, x_v = cursors
+    window_u, window_v = windows
     stream_u, stream_v = streams
     out_u, out_v, even_u, odd_u, even_v, odd_v, mask_u, mask_v = outs
     signs_u = restore_signs(raw_u, K, LATTICE)
     signs_v = restore_signs(raw_v, K, LATTICE)
     for v in tl.static_range(4):
-        e0, e1, first_u, second_u, x_u = next_quads(
-            first_u, second_u, x_u, odd, stream_u, table_ptr, table_address, LENGTH_PLACE, STREAM, ROW_BYTES
-        )
-        f0, f1, first_v, second_v, x_v = next_quads(
-            first_v, second_v, x_v, odd, stream_v, table_ptr, table_address, LENGTH_PLACE, STREAM, ROW_BYTES
-        )
+        e0, e1, window_u = next_quads(window_u, odd, stream_u, table_ptr, table_address, LENGTH_PLACE, STREAM, ROW_BYTES)
+        f0, f1, window_v = next_quads(window_v, odd, stream_v, table_ptr, table_address, LENGTH_PLACE, STREAM, ROW_BYTES)
         a0, a1 = decode_vector(e0, e1, v, signs_u, raw_u, K, SHIFT, LATTICE)
         b0, b1 = decode_vector(f0, f1, v, signs_v, raw_v, K, SHIFT, LATTICE)
         _store_vector(out_u + place + v * 32, a0, a1, even_u, odd_u, mask_u, LATTICE, CODES)
         _store_vector(out_v + place + v * 32, b0, b1, even_v, odd_v, mask_v, LATTICE, CODES)
-    return first_u, second_u, x_u, first_v, second_v, x_v
+    return window_u, window_v
 
 
 @triton.jit(do_not_specialize=["N", "tiles"])
@@ -354,16 +350,16 @@ def decode_kernel(
             bits_v = bits_u + 8 * 8 * (ROW_BYTES + 8)
             ahead = buffers + (BUFFER - turn * BUFFER)
             stage_stream(words_ptr, next_strip, next_t, N, tiles, lane, ahead, RAW, WORDS, ROW_BYTES, ALIGNED)
-        scale_u, wall_u = read_header(stream_word(tile_u + RAW, bits_u, STREAM, ROW_BYTES), END, WALL_UNIT, 0)
-        scale_v, wall_v = read_header(stream_word(tile_v + RAW, bits_v, STREAM, ROW_BYTES), END, WALL_UNIT, 0)
+        scale_u, wall_u = read_header(header_word(tile_u + RAW, bits_u, STREAM, ROW_BYTES), END, WALL_UNIT, 0)
+        scale_v, wall_v = read_header(header_word(tile_v + RAW, bits_v, STREAM, ROW_BYTES), END, WALL_UNIT, 0)
         if CODES:
             tl.store(scale_ptr + row_u.to(tl.int64) * tiles + t, scale_u, mask=mask_u & (j == 0))
             tl.store(scale_ptr + row_v.to(tl.int64) * tiles + t, scale_v, mask=mask_v & (j == 0))
         x_u = first_cursor(bits_u, wall_u, j, END)
         x_v = first_cursor(bits_v, wall_v, j, END)
-        first_u, second_u = first_words(tile_u + RAW, x_u, STREAM, ROW_BYTES)
-        first_v, second_v = first_words(tile_v + RAW, x_v, STREAM, ROW_BYTES)
-        cursors = (first_u, second_u, x_u, first_v, second_v, x_v)
+        window_u = first_window(tile_u + RAW, x_u, odd, STREAM, ROW_BYTES)
+        window_v = first_window(tile_v + RAW, x_v, odd, STREAM, ROW_BYTES)
+        windows = (window_u, window_v)
         out_u = out_ptr + row_u.to(tl.int64) * (tiles * TILE) + t * TILE + 8 * j
         out_v = out_ptr + row_v.to(tl.int64) * (tiles * TILE) + t * TILE + 8 * j
         odd_u = scale_u / divisor_u
@@ -390,10 +386,10 @@ def decode_kernel(
                 for w in tl.static_range(K):
                     raw_u = raw_u + (words_u[K * g + w],)
                     raw_v = raw_v + (words_v[K * g + w],)
-                cursors = _decode_group(
+                windows = _decode_group(
                     raw_u,
                     raw_v,
-                    cursors,
+                    windows,
                     odd,
                     streams,
                     table_ptr,
@@ -415,10 +411,10 @@ def decode_kernel(
                 last = g + 1 == GROUPS
                 ahead_u = load_raw(tl.where(last, next_u, tile_u), (g + 1) % GROUPS, j, K, LATTICE, GROUPS)
                 ahead_v = load_raw(tl.where(last, next_v, tile_v), (g + 1) % GROUPS, j, K, LATTICE, GROUPS)
-                cursors = _decode_group(
+                windows = _decode_group(
                     raw_u,
                     raw_v,
-                    cursors,
+                    windows,
                     odd,
                     streams,
                     table_ptr,

@@ -34,7 +34,7 @@ from .blocks import (
 )
 from .memory import load_16, load_global, store_global
 from .shared import TABLE_BYTES, declare_shared, load_shared_float, load_table, store_shared_16, wait_copies
-from .tile import decode_vector, first_cursor, first_words, load_raw, next_quads, read_header, restore_signs, stream_word
+from .tile import decode_vector, first_cursor, first_window, header_word, load_raw, next_quads, read_header, restore_signs
 from .warp import mma_s8
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -138,7 +138,7 @@ def _multiply_group(
     sums,
     raw_u,
     raw_v,
-    cursors,
+    windows,
     place,
     source,
     odd,
@@ -159,7 +159,7 @@ def _multiply_group(
     `source` is the activations' pointer and the distance of two MMAs, `place` the offset of the next ones.
     """
     AHEAD: tl.constexpr = BLOCKS if BLOCKS <= 2 else 1
-    first_u, second_u, x_u, first_v, second_v, x_v = cursors
+    window_u, window_v = windows
     signs_u = restore_signs(raw_u, K, LATTICE)
     signs_v = restore_signs(raw_v, K, LATTICE)
     for v in tl.static_range(4):
@@ -169,12 +169,8 @@ def _multiply_group(
             columns = ()
             for b in tl.static_range(AHEAD):
                 columns = columns + load_16(x_ptr + b * 512)
-        e0, e1, first_u, second_u, x_u = next_quads(
-            first_u, second_u, x_u, odd, streams[0], table_ptr, table_address, LENGTH_PLACE, STREAM, ROW_BYTES
-        )
-        f0, f1, first_v, second_v, x_v = next_quads(
-            first_v, second_v, x_v, odd, streams[1], table_ptr, table_address, LENGTH_PLACE, STREAM, ROW_BYTES
-        )
+        e0, e1, window_u = next_quads(window_u, odd, streams[0], table_ptr, table_address, LENGTH_PLACE, STREAM, ROW_BYTES)
+        f0, f1, window_v = next_quads(window_v, odd, streams[1], table_ptr, table_address, LENGTH_PLACE, STREAM, ROW_BYTES)
         a0, a2 = decode_vector(e0, e1, v, signs_u, raw_u, K, SHIFT, LATTICE)
         a1, a3 = decode_vector(f0, f1, v, signs_v, raw_v, K, SHIFT, LATTICE)
         if v % 2 == 0:
@@ -194,7 +190,7 @@ def _multiply_group(
                 updated = updated + mma_s8(s0, s1, s2, s3, a0, a1, a2, a3, b2, b3, NUM_WARPS)
             sums = updated
             place += source[1]
-    return sums, (first_u, second_u, x_u, first_v, second_v, x_v), place
+    return sums, (window_u, window_v), place
 
 
 # one binary for all sizes
@@ -343,16 +339,16 @@ def linear_kernel(
             # under way long before the end of the tile, as far as registers go
             for b in tl.static_range(BLOCKS):
                 column_scales = column_scales + (load_global(column_ptr + 8 * b), load_global(column_ptr + 8 * b + 1))
-        scale_u, wall_u = read_header(stream_word(streams[0], bits_u, STREAM, ROW_BYTES), END, WALL_UNIT, GAIN)
-        scale_v, wall_v = read_header(stream_word(streams[1], bits_v, STREAM, ROW_BYTES), END, WALL_UNIT, GAIN)
+        scale_u, wall_u = read_header(header_word(streams[0], bits_u, STREAM, ROW_BYTES), END, WALL_UNIT, GAIN)
+        scale_v, wall_v = read_header(header_word(streams[1], bits_v, STREAM, ROW_BYTES), END, WALL_UNIT, GAIN)
         # warps beyond the last tile decode it again for nothing
         scale_u = tl.where(t < tiles, scale_u, 0.0)
         scale_v = tl.where(t < tiles, scale_v, 0.0)
         x_u = first_cursor(bits_u, wall_u, j, END)
         x_v = first_cursor(bits_v, wall_v, j, END)
-        first_u, second_u = first_words(streams[0], x_u, STREAM, ROW_BYTES)
-        first_v, second_v = first_words(streams[1], x_v, STREAM, ROW_BYTES)
-        cursors = (first_u, second_u, x_u, first_v, second_v, x_v)
+        window_u = first_window(streams[0], x_u, odd, STREAM, ROW_BYTES)
+        window_v = first_window(streams[1], x_v, odd, STREAM, ROW_BYTES)
+        windows = (window_u, window_v)
         place = x_row + (inside * (TILE // 64)) * x_step
 
         sums = ()
@@ -376,11 +372,11 @@ def linear_kernel(
                 for w in tl.static_range(K):
                     raw_u = raw_u + (words_u[K * g + w],)
                     raw_v = raw_v + (words_v[K * g + w],)
-                sums, cursors, place = _multiply_group(
+                sums, windows, place = _multiply_group(
                     sums,
                     raw_u,
                     raw_v,
-                    cursors,
+                    windows,
                     place,
                     (x_ptr, x_step),
                     odd,
@@ -404,11 +400,11 @@ def linear_kernel(
                 ahead_ptr = tl.where(more, words_ptr.to(tl.int64), next_words_ptr.to(tl.int64)).to(words_ptr.dtype)
                 ahead_u = load_raw(ahead_ptr + tl.where(more, tile_u, next_u), (g + 1) % GROUPS, j, K, LATTICE, GROUPS)
                 ahead_v = load_raw(ahead_ptr + tl.where(more, tile_v, next_v), (g + 1) % GROUPS, j, K, LATTICE, GROUPS)
-                sums, cursors, place = _multiply_group(
+                sums, windows, place = _multiply_group(
                     sums,
                     raw_u,
                     raw_v,
-                    cursors,
+                    windows,
                     place,
                     (x_ptr, x_step),
                     odd,

@@ -31,7 +31,7 @@ from .blocks import (
 )
 from .memory import load_global
 from .shared import TABLE_BYTES, commit_copies, load_shared_floats, load_table, shared_base, wait_copies
-from .tile import decode_vector, first_cursor, first_words, load_raw, next_quads, read_header, restore_signs, stream_word
+from .tile import decode_vector, first_cursor, first_window, header_word, load_raw, next_quads, read_header, restore_signs
 from .warpgroup import fill, next_products, open_ring, products_wait
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -42,7 +42,7 @@ def _multiply_group(
     sums,
     raw_u,
     raw_v,
-    cursors,
+    windows,
     place,
     source,
     odd,
@@ -61,20 +61,16 @@ def _multiply_group(
     STAGES: tl.constexpr,
 ):
     """Decode a group of both rows and add its products to `sums`, the last ones left under way; `place` and `source` of `next_products`."""
-    first_u, second_u, x_u, first_v, second_v, x_v = cursors
+    window_u, window_v = windows
     signs_u = restore_signs(raw_u, K, LATTICE)
     signs_v = restore_signs(raw_v, K, LATTICE)
     for v in tl.static_range(4):
-        e0, e1, first_u, second_u, x_u = next_quads(
-            first_u, second_u, x_u, odd, streams[0], table_ptr, table_address, LENGTH_PLACE, STREAM, ROW_BYTES
-        )
-        f0, f1, first_v, second_v, x_v = next_quads(
-            first_v, second_v, x_v, odd, streams[1], table_ptr, table_address, LENGTH_PLACE, STREAM, ROW_BYTES
-        )
+        e0, e1, window_u = next_quads(window_u, odd, streams[0], table_ptr, table_address, LENGTH_PLACE, STREAM, ROW_BYTES)
+        f0, f1, window_v = next_quads(window_v, odd, streams[1], table_ptr, table_address, LENGTH_PLACE, STREAM, ROW_BYTES)
         a0, a2 = decode_vector(e0, e1, v, signs_u, raw_u, K, SHIFT, LATTICE)
         a1, a3 = decode_vector(f0, f1, v, signs_v, raw_v, K, SHIFT, LATTICE)
         sums, place = next_products(sums, a0, a1, a2, a3, place, source, v % STEPS, 8 * BLOCKS, STEPS, STAGES, NUM_WARPS)
-    return sums, (first_u, second_u, x_u, first_v, second_v, x_v), place
+    return sums, (window_u, window_v), place
 
 
 @triton.jit
@@ -222,13 +218,13 @@ def _ring_block(
                 stage_stream(words_ptr, strip, t + 1, N, tiles, lane, other, RAW, WORDS, ROW_BYTES, ALIGNED)
         column_ptr = act_scale_ptr + t * M_PAD + m0 + 2 * j
         column_scales = ()
-        scale_u, wall_u = read_header(stream_word(streams[0], bits_u, STREAM, ROW_BYTES), END, WALL_UNIT, GAIN)
-        scale_v, wall_v = read_header(stream_word(streams[1], bits_v, STREAM, ROW_BYTES), END, WALL_UNIT, GAIN)
+        scale_u, wall_u = read_header(header_word(streams[0], bits_u, STREAM, ROW_BYTES), END, WALL_UNIT, GAIN)
+        scale_v, wall_v = read_header(header_word(streams[1], bits_v, STREAM, ROW_BYTES), END, WALL_UNIT, GAIN)
         x_u = first_cursor(bits_u, wall_u, j, END)
         x_v = first_cursor(bits_v, wall_v, j, END)
-        first_u, second_u = first_words(streams[0], x_u, STREAM, ROW_BYTES)
-        first_v, second_v = first_words(streams[1], x_v, STREAM, ROW_BYTES)
-        cursors = (first_u, second_u, x_u, first_v, second_v, x_v)
+        window_u = first_window(streams[0], x_u, odd, STREAM, ROW_BYTES)
+        window_v = first_window(streams[1], x_v, odd, STREAM, ROW_BYTES)
+        windows = (window_u, window_v)
         sums = ()
         for _ in tl.static_range(4 * BLOCKS):
             sums = sums + (thread * 0,)
@@ -262,11 +258,11 @@ def _ring_block(
                 for w in tl.static_range(K):
                     raw_u = raw_u + (words_u[K * g + w],)
                     raw_v = raw_v + (words_v[K * g + w],)
-                sums, cursors, place = _multiply_group(
+                sums, windows, place = _multiply_group(
                     sums,
                     raw_u,
                     raw_v,
-                    cursors,
+                    windows,
                     place,
                     source,
                     odd,
@@ -293,11 +289,11 @@ def _ring_block(
                 g_next = (g + 1) % GROUPS
                 ahead_u = load_raw(words_ptr + tl.where(g + 1 < GROUPS, tile_u, next_u), g_next, j, K, LATTICE, GROUPS)
                 ahead_v = load_raw(words_ptr + tl.where(g + 1 < GROUPS, tile_v, next_v), g_next, j, K, LATTICE, GROUPS)
-                sums, cursors, place = _multiply_group(
+                sums, windows, place = _multiply_group(
                     sums,
                     raw_u,
                     raw_v,
-                    cursors,
+                    windows,
                     place,
                     source,
                     odd,

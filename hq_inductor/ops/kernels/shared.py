@@ -20,8 +20,8 @@ from .bits import INTERPRETED
 
 TABLE_BYTES = tl.constexpr(16384)
 SHARED_BYTES = tl.constexpr(49152)
-# a tile has at most 48 vectors per lane, of at most 31 bits each; the window and what is left of a word
-OVERRUN = 48 * 31 // 8 + 8
+# a tile has at most 48 vectors per lane, of at most 31 bits each; three words from there on
+OVERRUN = 48 * 31 // 8 + 12
 
 
 def buffer_bytes(row_bytes: int) -> int:

@@ -3,10 +3,11 @@
 Thread 4 r + j of a warp reads lane j of row r. A vector comes out as two int32 of four int8 codes, which is what the thread holds of an
 `m16n8k32` int8 operand; the codes are `codes << GAIN`, GAIN = SHIFT - TileLayout.shift.
 
-Even lanes read forwards, odd ones backwards: of theirs the window, 32 bits of the stream, is turned round. Rotated by 14 its first bits
-come to bits 2 to 13, a byte offset into the table; rotated on by the length of the code, the next ones do. A cursor is the position of the
-window's first bit in storage order. Where the stream plane has a copy in shared memory, positions count from the start of that, and none
-is checked: a lane moves less than 32 bits per vector whatever the words hold, so it stays within `OVERRUN` bytes of the plane.
+Even lanes read forwards, odd ones backwards, and turn their words round. A lane's window is 32 bits of the stream, in two words that it
+holds; a third is there before they are used up, so that nothing waits for memory. Rotated by 14 the window's first bits come to bits 2 to
+13, a byte offset into the table; rotated on by the length of the code, the next ones do. Where the stream plane has a copy in shared
+memory, places are addresses, and none is checked: a lane moves less than 32 bits per vector whatever the words hold, so it stays within
+`OVERRUN` bytes of the plane.
 
 Cost.  With all that the linear kernel adds, 37 instructions per vector, 24 of them on the integer pipe, and two dependent table look-ups
        (E8, k = 3, 8 columns, sm_90, Triton 3.6, counted in the SASS of the loop over tiles).
@@ -90,25 +91,43 @@ def first_cursor(row, wall, j, END: tl.constexpr):
 
 
 @triton.jit
-def stream_word(stream_ptr, x, STREAM: tl.constexpr, ROW_BYTES: tl.constexpr):
-    """Word `x >> 5` of shared memory, or of the stream plane if it has no copy there (ROW_BYTES is 0), where it is in bounds."""
+def _stream_word(stream_ptr, i, STREAM: tl.constexpr, ROW_BYTES: tl.constexpr):
+    """Word `i` of shared memory, or of the stream plane if it has no copy there (ROW_BYTES is 0), where it is in bounds."""
     if ROW_BYTES > 0:
-        return load_shared((x >> 5) << 2)
+        return load_shared(i << 2)
     else:
-        return load_global(stream_ptr + tl.minimum(tl.maximum(x >> 5, 0), STREAM - 1))
+        return load_global(stream_ptr + tl.minimum(tl.maximum(i, 0), STREAM - 1))
 
 
 @triton.jit
-def first_words(stream_ptr, x, STREAM: tl.constexpr, ROW_BYTES: tl.constexpr):
-    """The two words that the window lies in."""
-    return stream_word(stream_ptr, x, STREAM, ROW_BYTES), stream_word(stream_ptr, x + 32, STREAM, ROW_BYTES)
+def header_word(stream_ptr, x, STREAM: tl.constexpr, ROW_BYTES: tl.constexpr):
+    """First word of a stream plane that has `x` bits before it."""
+    return _stream_word(stream_ptr, x >> 5, STREAM, ROW_BYTES)
+
+
+@triton.jit
+def first_window(stream_ptr, x, odd, STREAM: tl.constexpr, ROW_BYTES: tl.constexpr):
+    """Window of a lane from its first cursor on: two words, the one after them as it is stored, where the next one is, bits read.
+
+    Bits count from the start of a word in reading order; `odd` is 0 or 1.
+    """
+    # backwards from the last bit of the window
+    word = tl.where(odd != 0, x + 31, x) >> 5
+    step = 1 - 2 * odd
+    near = _forwards(_stream_word(stream_ptr, word, STREAM, ROW_BYTES), odd)
+    far = _forwards(_stream_word(stream_ptr, word + step, STREAM, ROW_BYTES), odd)
+    ahead = _stream_word(stream_ptr, word + 2 * step, STREAM, ROW_BYTES)
+    place = word + 3 * step
+    if ROW_BYTES > 0:
+        place = place << 2
+    return near, far, ahead, place, tl.where(odd != 0, -x, x)
 
 
 if INTERPRETED:
 
     @triton.jit
-    def _forwards(window, odd):
-        return tl.where(odd != 0, reverse_bits(window), window)
+    def _forwards(word, odd):
+        return tl.where(odd != 0, reverse_bits(word), word)
 
     @triton.jit
     def _look_up(table_ptr, table_address, window):
@@ -117,11 +136,11 @@ if INTERPRETED:
 else:
 
     @triton.jit
-    def _forwards(window, odd):
-        """Bits of an odd lane in the order in which it reads."""
+    def _forwards(word, odd):
+        """A word as a lane reads it."""
         # chosen by a mask: of a predicated brev the assembler makes three instructions
         return tl.inline_asm_elementwise(
-            "{.reg .b32 t; brev.b32 t, $1; lop3.b32 $0, $1, t, $2, 0xd8;}", "=r,r,r", [window, -odd], tl.int32, is_pure=True, pack=1
+            "{.reg .b32 t; brev.b32 t, $1; lop3.b32 $0, $1, t, $2, 0xd8;}", "=r,r,r", [word, -odd], tl.int32, is_pure=True, pack=1
         )
 
     @triton.jit
@@ -131,35 +150,37 @@ else:
 
 
 @triton.jit
-def _advance(first, second, before, after, stream_ptr, STREAM: tl.constexpr, ROW_BYTES: tl.constexpr):
-    """The window's words after the cursor moved: others where it came to another word."""
+def _advance(near, far, ahead, place, before, after, odd, stream_ptr, STREAM: tl.constexpr, ROW_BYTES: tl.constexpr):
+    """The window's words after `after` bits: the next ones where that came to another word."""
+    following = _forwards(ahead, odd)
     if ROW_BYTES > 0:
         return tl.inline_asm_elementwise(
             """{
             .reg .pred moved; .reg .b32 t;
-            xor.b32 t, $2, $3;
+            xor.b32 t, $4, $5;
             and.b32 t, t, 32;
             setp.ne.u32 moved, t, 0;
-            @moved ld.shared.b32 $0, [$4];
-            @moved ld.shared.b32 $1, [$4+4];
+            @moved mov.b32 $0, $1;
+            @moved mov.b32 $1, $6;
+            @moved ld.shared.b32 $2, [$3];
+            @moved add.s32 $3, $3, $7;
             }""",
-            "=r,=r,r,r,r,0,1",
-            [before, after, (after >> 5) << 2, first, second],
-            (tl.int32, tl.int32),
+            "=&r,=&r,=&r,=&r,r,r,r,r,0,1,2,3",
+            [before, after, following, 4 - 8 * odd, near, far, ahead, place],
+            (tl.int32, tl.int32, tl.int32, tl.int32),
             is_pure=False,
             pack=1,
         )
     else:
         moved = ((before ^ after) & 32) != 0
-        new_first, new_second = first_words(stream_ptr, after, STREAM, ROW_BYTES)
-        return tl.where(moved, new_first, first), tl.where(moved, new_second, second)
+        loaded = _stream_word(stream_ptr, place, STREAM, ROW_BYTES)
+        next_place = tl.where(moved, place + (1 - 2 * odd), place)
+        return tl.where(moved, far, near), tl.where(moved, following, far), tl.where(moved, loaded, ahead), next_place
 
 
 @triton.jit
 def next_quads(
-    first,
-    second,
-    x,
+    lane_window,
     odd,
     stream_ptr,
     table_ptr,
@@ -168,14 +189,15 @@ def next_quads(
     STREAM: tl.constexpr,
     ROW_BYTES: tl.constexpr,
 ):
-    """Table entries of the lane's next vector; returns them and the window's words and cursor after it. `odd` is 0 or 1."""
-    window = rotate_left(_forwards(funnel_left(first, second, x), odd), odd * 0 + 14)
+    """Table entries of the lane's next vector, and its window after it."""
+    near, far, ahead, place, x = lane_window
+    window = rotate_left(funnel_left(near, far, x), odd * 0 + 14)
     entry0 = _look_up(table_ptr, table_address, window)
     length0 = shift_right(entry0, LENGTH_PLACE)
     entry1 = _look_up(table_ptr, table_address, rotate_left(window, length0))
-    after = x + ((length0 + shift_right(entry1, LENGTH_PLACE)) & 31) * (1 - 2 * odd)
-    first, second = _advance(first, second, x, after, stream_ptr, STREAM, ROW_BYTES)
-    return entry0, entry1, first, second, after
+    after = x + ((length0 + shift_right(entry1, LENGTH_PLACE)) & 31)
+    near, far, ahead, place = _advance(near, far, ahead, place, x, after, odd, stream_ptr, STREAM, ROW_BYTES)
+    return entry0, entry1, (near, far, ahead, place, after)
 
 
 @triton.jit
