@@ -3,23 +3,40 @@
 "codes" are the same weights with `packing="codes"`, 8 bits each. Each figure is the median of CUDA-graph replays of calls that take turns
 on copies of the weight that do not fit the L2 together, activations' transform and quantization included.
 
-python benchmarks/linear.py [--quick] [--tune] [--json FILE] [--plot FILE]
+python benchmarks/linear.py [--quick] [--tune [--save FILE]] [--json FILE] [--plot FILE]
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
+import shlex
 import statistics
+import sys
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+import triton
 from tqdm import tqdm
 
 from hq_inductor import HyperQuantTensor
 from hq_inductor.ops.fused import int8_linear
-from hq_inductor.ops.launch import REGISTERS, RING_REGISTERS, TIGHT_REGISTERS, LinearLaunch, RingLaunch, multiprocessors, ring_products
+from hq_inductor.ops.kernels.shared import row_bytes
+from hq_inductor.ops.launch import (
+    REGISTERS,
+    RING_REGISTERS,
+    TIGHT_REGISTERS,
+    WARP_ROWS,
+    LinearLaunch,
+    RingLaunch,
+    decode_warps,
+    linear_launch,
+    multiprocessors,
+    ring_products,
+)
+from hq_inductor.ops.launch_table import Shape, batch_class, read_table, write_table
 from hq_inductor.ops.registry import tile_layout
 
 SHAPES = [(4096, 4096), (6144, 4096), (14336, 4096), (28672, 4096), (4096, 14336), (8192, 8192), (28672, 8192), (8192, 28672)]
@@ -29,6 +46,11 @@ CALLS, REPLAYS = 12, 7
 OURS = ("int8", "auto", "fp8", "bf16")
 # packing="codes", 8 bits per weight
 CODES = {"codes int8": "int8", "codes fp8": "fp8"}
+# the smallest and the largest batch of each class that is launched alike; an entry of a table of launches is faster at both
+TUNED_BATCHES = [1, 8, 9, 16, 17, 32]
+TUNED_RING_BATCHES = [33, 64, 65, 96, 97, 128]
+# by how much, at the least: less would be noise
+LEAST_GAIN = 1.02
 
 
 def time_us(calls: list[Callable[[], object]]) -> float:
@@ -109,29 +131,72 @@ def read_rate(results: list[dict]) -> float:
     return max(2 * row["N"] * row["K"] / row["time_us"]["cuBLAS bf16"] for row in results)
 
 
-def tune(rows: int, columns: int, batch: int) -> list[tuple[float, LinearLaunch | RingLaunch]]:
-    """Launches of the fused kernel, fastest first."""
-    weights = packed_weights(rows, columns, 4)
+def launches_to_try(shape: Shape, batch: int, processors: int, ring: bool) -> list[LinearLaunch | RingLaunch]:
+    """Launches of the fused kernel, that of the rules first; arguments as of `linear_launch`."""
+    warps = decode_warps(shape.row_bytes)
+    launches = [linear_launch(batch, shape.rows, shape.tiles, processors, shape.row_bytes, ring)]
+    columns = next((c for c in REGISTERS if batch <= c), max(REGISTERS))
+    for registers, held in ((REGISTERS[columns], 2), (TIGHT_REGISTERS, 3)):
+        slots = max(1, held * processors * (8 // warps) // -(-batch // columns))
+        for sharing in (n for n in (0, 1, 2, 4, 8) if n <= warps):
+            panels = -(-shape.rows * max(1, sharing) // (WARP_ROWS * warps))
+            blocks = {min(panels, slots), panels} if sharing else {min(panels * shape.tiles, slots)}
+            launches += [LinearLaunch(columns, b, warps, sharing, registers) for b in sorted(blocks)]
+    if ring:
+        columns = next((c for c in RING_REGISTERS if batch <= c), max(RING_REGISTERS))
+        splits = sorted({1, 2, 3, 4, max(1, shape.tiles // 4), max(1, shape.tiles // 2), shape.tiles} & set(range(1, shape.tiles + 1)))
+        launches += [RingLaunch(columns, s, n, RING_REGISTERS[columns]) for s in splits for n in (4, 8) if n <= warps]
+    return list(dict.fromkeys(launches))
+
+
+def tune(rows: int, columns: int, batches: list[int], bps: float) -> tuple[Shape, dict[int, dict[LinearLaunch | RingLaunch, float]]]:
+    """The shape, with any batch, and for each batch microseconds by launch, that of the rules first."""
+    weights = packed_weights(rows, columns, bps)
     layout = tile_layout("e8", weights[0].tile, weights[0].code, weights[0].qdata.shape[-1])
-    x = torch.randn(batch, columns, device="cuda", dtype=torch.bfloat16)
-    tiles = columns // layout.tile
-    splits = sorted({1, 2, 3, 4, max(1, tiles // 4), max(1, tiles // 2), tiles} & set(range(1, tiles + 1)))
-    columns_of = next((c for c in REGISTERS if batch <= c), max(REGISTERS))
-    launches = []
-    for registers, held in ((REGISTERS[columns_of], 2), (TIGHT_REGISTERS, 3)):
-        slots = held * multiprocessors(x.device) // -(-batch // columns_of)
-        for sharing in (0, 1, 2, 4, 8):
-            panels = -(-rows * max(1, sharing) // 128)
-            blocks = {min(panels, slots), panels} if sharing else {min(panels * tiles, slots)}
-            launches += [LinearLaunch(columns_of, b, 8, sharing, registers) for b in sorted(blocks)]
-    if ring_products(x.device):
-        columns_of = next((c for c in RING_REGISTERS if batch <= c), max(RING_REGISTERS))
-        launches += [RingLaunch(columns_of, s, warps, RING_REGISTERS[columns_of]) for s in splits for warps in (4, 8)]
-    found = []
-    for launch in launches:
-        calls = [lambda w=w, launch=launch: int8_linear(x, w.qdata, None, None, layout, 0, launch) for w in weights]
-        found.append((time_us(calls), launch))
-    return sorted(found, key=lambda pair: pair[0])
+    shape = Shape(0, rows, columns // layout.tile, row_bytes(layout.stream_words))
+    times = {}
+    for batch in tqdm(batches, desc=f"{rows}x{columns}", leave=False):
+        x = torch.randn(batch, columns, device="cuda", dtype=torch.bfloat16)
+        times[batch] = {}
+        for launch in launches_to_try(shape, batch, multiprocessors(x.device), ring_products(x.device)):
+            calls = [lambda w=w, launch=launch, x=x: int8_linear(x, w.qdata, None, None, layout, 0, launch) for w in weights]
+            times[batch][launch] = time_us(calls)
+    return shape, times
+
+
+def faster_launches(shape: Shape, times: dict[int, dict[LinearLaunch | RingLaunch, float]]) -> dict[Shape, tuple]:
+    """Of what `tune` found the entries for a table: for each class of batches the launch with the largest gain, if that is enough."""
+    entries = {}
+    for largest in sorted({batch_class(batch, True) for batch in times}):
+        of_class = [found for batch, found in times.items() if batch_class(batch, True) == largest]
+        # the least gain among the batches, over the rules' launch
+        gains = {n: min(found[next(iter(found))] / found[n] for found in of_class) for n in of_class[0] if all(n in f for f in of_class)}
+        best = max(gains, key=gains.get)
+        if gains[best] > LEAST_GAIN:
+            entries[shape._replace(batch=largest)] = best, gains[best]
+    return entries
+
+
+def tune_all(shapes, batches: list[int], bps: float, save: str | None) -> None:
+    """Print the fastest launches; write those that the rules do not choose but should have to a file."""
+    entries = {}
+    for rows, columns in tqdm(shapes, desc="shapes"):
+        shape, times = tune(rows, columns, batches, bps)
+        entries |= faster_launches(shape, times)
+        for batch, found in times.items():
+            fastest = [f"{us:.1f} us {launch}" for launch, us in sorted(found.items(), key=lambda pair: pair[1])[:4]]
+            tqdm.write("\n    ".join([f"{rows} x {columns}, batch {batch}; by rule {next(iter(found.values())):.1f} us:", *fastest]))
+    if save:
+        about = {
+            "device": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "date": datetime.date.today().isoformat(),
+            "command": shlex.join(["python", "benchmarks/linear.py", *sys.argv[1:]]),
+        }
+        write_table(save, about, entries)
+        read_table(save, True)  # it is one that will be taken
+        print(f"{len(entries)} launches written to {save}")
 
 
 def measure(shapes, batches, bps: float) -> list[dict]:
@@ -201,19 +266,18 @@ def main() -> None:
     parser.add_argument("--bps", type=float, default=4.0)
     parser.add_argument("--quick", action="store_true", help="half of the shapes and batches")
     parser.add_argument("--tune", action="store_true", help="time launches of the fused kernel instead")
+    parser.add_argument("--save", help="with --tune: write a table of launches, as hq_inductor/ops/launches/ has them")
     parser.add_argument("--json", help="write all figures to a file")
     parser.add_argument("--plot", help="write a picture")
     arguments = parser.parse_args()
+    if arguments.save and not arguments.tune:
+        parser.error("--save needs --tune")
     torch.manual_seed(0)
     shapes, batches = (QUICK_SHAPES, QUICK_BATCHES) if arguments.quick else (SHAPES, BATCHES)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {arguments.bps:g} bps, e8; microseconds")
     if arguments.tune:
-        for rows, columns in shapes:
-            for batch in (1, 16, 32):
-                found = tune(rows, columns, batch)
-                print(
-                    f"{rows} x {columns}, batch {batch}:", *[f"{us:.1f} us {launch}" for us, launch in found[:4]], sep="\n    ", flush=True
-                )
+        ring = ring_products(torch.device("cuda", torch.cuda.current_device()))
+        tune_all(shapes, TUNED_BATCHES + (TUNED_RING_BATCHES if ring else []), arguments.bps, arguments.save)
         return
     results = measure(shapes, batches, arguments.bps)
     print(table(results, arguments.bps))

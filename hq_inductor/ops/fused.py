@@ -34,6 +34,7 @@ from .launch import (
     ring_warps,
     warpgroup_products,
 )
+from .launch_table import stored_launch
 from .prologue import NO_PROLOGUE, NORMS, Prologue
 
 
@@ -278,8 +279,10 @@ MAX_SIBLINGS = 4
 
 
 def _default_launch(x: torch.Tensor, counts: list[int], tiles: int, layout: TileLayout) -> LinearLaunch | RingLaunch:
-    processors = multiprocessors(x.device) if x.is_cuda else 1
-    return linear_launch(x.shape[0], sum(counts), tiles, processors, row_bytes(layout.stream_words), ring_products(x.device))
+    shape = (x.shape[0], sum(counts), tiles)
+    stream_bytes = row_bytes(layout.stream_words)
+    stored = stored_launch(*shape, stream_bytes, x.device) if x.is_cuda else None
+    return stored or linear_launch(*shape, multiprocessors(x.device) if x.is_cuda else 1, stream_bytes, ring_products(x.device))
 
 
 def int8_linear(

@@ -21,7 +21,7 @@ import hq_inductor.compile  # noqa: E402
 from hq_inductor import HyperQuantTensor  # noqa: E402
 from hq_inductor.format.kv import kv_layout  # noqa: E402
 from hq_inductor.format.layout import TileLayout  # noqa: E402
-from hq_inductor.ops import ahead, fused, fused_kv, launch, registry  # noqa: E402
+from hq_inductor.ops import ahead, fused, fused_kv, launch, launch_table, registry  # noqa: E402
 from hq_inductor.passes.compile_ahead import _call, compile_ahead  # noqa: E402
 
 from ..passes.graphs import without_codegen  # noqa: E402
@@ -56,8 +56,9 @@ def compiled(monkeypatch):
         if hasattr(kernel, "warmup"):
             monkeypatch.setattr(kernel, "warmup", lambda *args, kernel=kernel, **options: warm_up(kernel, *args, **options))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
-    remembered = [function for function in vars(launch).values() if hasattr(function, "cache_clear")]
+    properties = SimpleNamespace(name="NVIDIA H100 80GB HBM3", multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    remembered = [function for module in (launch, launch_table) for function in vars(module).values() if hasattr(function, "cache_clear")]
     for function in remembered:
         function.cache_clear()
     for name in ("table", "kernel_tables"):

@@ -1,12 +1,20 @@
-"""Launches: what they promise of a multiprocessor's registers and shared memory, for every format and batch."""
+"""Launches: what they promise of a multiprocessor's registers and shared memory, for every format and batch; tables of stored ones."""
+
+import json
+import warnings
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 
 from hq_inductor.format.layout import LATTICES
 from hq_inductor.format.rates import weight_layout
-from hq_inductor.ops.fused import stages_tiles
+from hq_inductor.ops import launch as launch_module
+from hq_inductor.ops import launch_table
+from hq_inductor.ops.fused import _default_launch, stages_tiles
 from hq_inductor.ops.kernels.linear import sums_bytes
 from hq_inductor.ops.kernels.shared import OVERRUN, SHARED_BYTES, TABLE_BYTES, buffer_bytes, row_bytes
 from hq_inductor.ops.kernels.warpgroup import ring_shape
@@ -20,6 +28,7 @@ from hq_inductor.ops.launch import (
     linear_launch,
     ring_warps,
 )
+from hq_inductor.ops.launch_table import Shape, batch_class, read_table, stored_launch, table_name, write_table
 
 # of sm_90: 32-bit registers, and KiB of shared memory, of which every block takes one more
 REGISTERS, SHARED_KB = 65536, 228
@@ -120,3 +129,138 @@ def test_launches_are_checked(arguments, message):
     launch, *arguments = arguments
     with pytest.raises(ValueError, match=message):
         launch(*arguments)
+
+
+# multiprocessors of GPUs that a table is stored for; all of them have the kernel with a ring
+PROCESSORS = {"NVIDIA H200": 132}
+CUDA = torch.device("cuda", 0)
+ABOUT = dict.fromkeys(launch_table.ABOUT, "")
+SHAPE = Shape(8, 640, 7, 64)
+LINEAR, RING = LinearLaunch(8, 11, 8, 4, 96), RingLaunch(64, 7, 8, 128)
+ENTRIES = {SHAPE._replace(batch=64): (RING, 1.5), SHAPE: (LINEAR, 1.0312)}
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """A make-believe H200, to be changed, which nothing is remembered of."""
+    device = SimpleNamespace(name="NVIDIA H200", multi_processor_count=132, capability=(9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: device.capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    monkeypatch.delenv("HQ_INDUCTOR_LAUNCHES", raising=False)
+    remembered = [f for module in (launch_module, launch_table) for f in vars(module).values() if hasattr(f, "cache_clear")]
+    for function in remembered:
+        function.cache_clear()
+    yield device
+    for function in remembered:
+        function.cache_clear()
+
+
+@pytest.fixture
+def table(device, monkeypatch, tmp_path):
+    """A file that is taken in place of the stored one, with `ENTRIES`."""
+    path = tmp_path / "launches.json"
+    write_table(path, ABOUT, ENTRIES)
+    monkeypatch.setenv("HQ_INDUCTOR_LAUNCHES", str(path))
+    return path
+
+
+def chosen(batch, rows, tiles):
+    """What the fused linear layer takes for a weight of E8 at 4 bits, asked with fake tensors as `compile_ahead` does."""
+    with FakeTensorMode():
+        x = torch.empty(batch, tiles * 512, device="cuda")
+    return _default_launch(x, [rows - 16, 16], tiles, weight_layout(512, 4.0, "e8").tile)
+
+
+@pytest.mark.parametrize("path", sorted(launch_table.DIRECTORY.glob("*.json")), ids=lambda path: path.stem)
+def test_stored_launches_fit_and_differ_from_the_rules(path):
+    text = json.loads(path.read_text())
+    assert path.name == table_name(text["device"]) and all(entry["gain"] > 1.02 for entry in text["entries"])
+    launches = read_table(path, True)
+    assert list(launches) == sorted(launches) and path.read_text().count("\n    {") == len(launches)
+    for shape, launch in launches.items():
+        assert launch != linear_launch(*shape[:3], PROCESSORS[text["device"]], shape.row_bytes, True)
+        assert 32 * launch.num_warps * launch.registers <= REGISTERS
+        if isinstance(launch, LinearLaunch):
+            taken = launch.num_warps * buffer_bytes(shape.row_bytes) + sums_bytes(launch.columns, launch.num_warps)
+            assert TABLE_BYTES.value + taken <= SHARED_BYTES.value
+
+
+def test_stored_launches_are_found(device):
+    (shape, launch), *_ = read_table(launch_table.DIRECTORY / "nvidia_h200.json", True).items()
+    assert chosen(1, shape.rows, shape.tiles) == chosen(shape.batch, shape.rows, shape.tiles) == launch
+    assert stored_launch(*shape, CUDA) == launch
+    for other in (shape._replace(rows=shape.rows + 16), shape._replace(tiles=shape.tiles + 1), shape._replace(row_bytes=128)):
+        assert stored_launch(*other, CUDA) is None
+    rows = shape.rows + 16
+    assert chosen(1, rows, shape.tiles) == linear_launch(1, rows, shape.tiles, 132, 64, True)
+
+
+def test_no_table_is_no_matter(device):
+    device.name = "NVIDIA A100-SXM4-80GB"
+    assert table_name(device.name) == "nvidia_a100_sxm4_80gb.json"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert stored_launch(1, 8192, 56, 64, CUDA) is None
+
+
+def test_batch_classes():
+    assert [batch_class(batch, True) for batch in (1, 8, 9, 32, 33, 64, 96, 97, 128, 129)] == [8, 8, 16, 32, 64, 64, 96, 128, 128, None]
+    assert [batch_class(batch, False) for batch in (32, 33)] == [32, None]
+
+
+def test_environment_variable_names_a_table(table):
+    assert read_table(table, True) == {shape: launch for shape, (launch, _) in ENTRIES.items()}
+    assert json.loads(table.read_text())["entries"][0] == {**SHAPE._asdict(), "linear": vars(LINEAR), "gain": 1.031}
+    assert chosen(5, 640, 7) == LINEAR and chosen(40, 640, 7) == RING
+    # not beside the stored one
+    assert stored_launch(1, 8192, 56, 64, CUDA) is None
+    # and not read again
+    table.unlink()
+    assert chosen(6, 640, 7) == LINEAR
+
+
+def entry(kind="linear", gain=1.1, launch=LINEAR, **fields):
+    fields = {**SHAPE._asdict(), kind: vars(launch), "gain": gain, **fields}
+    return json.dumps({"format": 1, **ABOUT, "entries": [{name: value for name, value in fields.items() if value is not None}]})
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (None, "No such file"),
+        ("{", "Expecting property name"),
+        ("[]", "a JSON object of format 1"),
+        ('{"format": 2}', "a JSON object of format 1"),
+        ('{"format": 1}', "the file must have the fields format, device"),
+        (json.dumps({"format": 1, **ABOUT, "entries": {}}), "entries must be a list"),
+        (json.dumps({"format": 1, **ABOUT, "entries": [1]}), "entry 1: it must be an object"),
+        (entry(stages=3), "it must have the fields batch, rows, tiles, row_bytes, linear, gain, got"),
+        (entry(rows=None), "it must have the fields"),
+        (entry(rows="640"), "rows must be an integer, got '640'"),
+        (entry(batch=12), "there is no such Shape.batch=12"),
+        (entry(gain="much"), "gain must be a number, got 'much'"),
+        (entry(linear=[8]), "linear must be an object"),
+        (entry(linear={**vars(LINEAR), "stages": 3}), "linear must have the fields columns, blocks, num_warps, sharing, registers, got"),
+        (entry(linear={**vars(LINEAR), "sharing": True}), "sharing must be an integer, got True"),
+        (entry(linear={**vars(LINEAR), "num_warps": 3}), "num_warps must be 1, 2, 4 or 8, got 3"),
+        (entry(row_bytes=128), "num_warps must be at most 4 for row_bytes 128, got 8"),
+        (entry(launch=LinearLaunch(8, 11, 8, 4, 256)), "registers must be 0 or from 32 to 255, got 256"),
+        (entry("ring", launch=RingLaunch(64, 8, 8)), "splits must be at most the 7 tiles, got 8"),
+        (entry("ring", launch=RingLaunch(64, 1, 8), row_bytes=128), "num_warps must be at most 4"),
+        (entry().replace("[{", "[{}, {"), "entry {}: it must have the fields"),
+        (entry().replace("]", entry().partition("[")[2].replace("{", ", {", 1).partition("]")[0] + "]"), "it is there twice"),
+    ],
+)
+def test_damaged_tables_warn_once_and_leave_it_to_the_rules(table, text, reason):
+    table.unlink()
+    if text is not None:
+        table.write_text(text)
+    with pytest.warns(RuntimeWarning, match=reason) as caught:
+        assert [chosen(batch, 640, 7) for batch in (1, 64)] == [linear_launch(batch, 640, 7, 132, 64, True) for batch in (1, 64)]
+    assert len(caught) == 1 and str(table) in str(caught[0].message)
+
+
+def test_rings_where_there_are_none(device, table):
+    device.capability = (8, 0)
+    with pytest.warns(RuntimeWarning, match="the device has no kernel with a ring"):
+        assert chosen(1, 640, 7) == linear_launch(1, 640, 7, 132, 64, False)
