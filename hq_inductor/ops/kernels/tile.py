@@ -9,7 +9,7 @@ holds; a third is there before they are used up, so that nothing waits for memor
 memory, places are addresses, and none is checked: a lane moves less than 32 bits per vector whatever the words hold, so it stays within
 `OVERRUN` bytes of the plane.
 
-Cost.  With all that the linear kernel adds, 37 instructions per vector, 24 of them on the integer pipe, and two dependent table look-ups
+Cost.  With all that the linear kernel adds, 39 instructions per vector, 25 of them on the integer pipe, and two dependent table look-ups
        (E8, k = 3, 8 columns, sm_90, Triton 3.6, counted in the SASS of the loop over tiles).
 """
 
