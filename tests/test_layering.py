@@ -1,7 +1,6 @@
 """Imports only point down: format -> ops -> passes -> compile -> cache, tensor -> module -> quantize, report -> integrations -> cli."""
 
 import ast
-import re
 from pathlib import Path
 
 import pytest
@@ -56,5 +55,4 @@ def test_imports_point_down(path):
 
 def test_no_environment_switches():
     source = "".join(path.read_text() for path in ROOT.rglob("*.py"))
-    # names a file of data
-    assert re.findall(r"os\.(?:environ|getenv).*", source) == ['os.environ.get("HQ_INDUCTOR_LAUNCHES")']
+    assert "os.environ" not in source and "os.getenv" not in source

@@ -168,7 +168,7 @@ def linear_launch(batch: int, rows: int, tiles: int, processors: int, row_bytes:
     """Launch for `[batch, K] x [rows, K]^T`, `tiles` tiles per row, `row_bytes` of `hq_inductor.ops.kernels.shared`; `ring`: may be one.
 
     As many blocks as multiprocessors hold; of very large weights with few columns waves of them, of four tiles each. Measured (H200,
-    2026-11-24, `benchmarks/linear.py --tune`). The ring pays from 33 columns up.
+    2026-11-24, eight shapes, 1 to 32 rows, all ways to deal, as `benchmarks/linear.py --tune` does). The ring pays from 33 columns up.
     """
     if ring and batch > max(REGISTERS):
         columns = next((c for c in RING_REGISTERS if batch <= c), max(RING_REGISTERS))

@@ -1,7 +1,7 @@
 """Launches of the fused linear kernel that were measured on a GPU and beat the rules of `hq_inductor.ops.launch`.
 
-Files.       `launches/<device>.json` of this package, the device as of `table_name`; `HQ_INDUCTOR_LAUNCHES=/path/file.json`, read before a
-             device's first launch, names one to take instead. `benchmarks/linear.py --tune --save` writes them.
+Files.       `launches/<device>.json` of this package, the device as of `table_name`; `use_launches` names one to take instead.
+             `benchmarks/linear.py --tune --save` writes them.
 Format.      What was measured where, and entries, one per line: a `Shape`, a launch of kind "linear" or "ring", and its gain, the time that
              the rules' launch takes in units of its own, at the batch of its class where it is least.
 Invariants.  A file is taken as a whole or not at all: one that is damaged, or has a launch that the kernel would not take, gives a warning.
@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -55,6 +54,24 @@ def table_name(device_name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", device_name.lower()).strip("_") + ".json"
 
 
+_given: Path | None = None
+
+
+def use_launches(path: str | Path | None) -> None:
+    """Take launches from a file, on every GPU of the process, from here on; None: from this package again.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not a table, or has a launch that no kernel would take. What was in use stays in use.
+    """
+    global _given
+    if path is not None:
+        read_table(path, True)
+    _given = None if path is None else Path(path).resolve()
+    _launches.cache_clear()
+    stored_launch.cache_clear()
+
+
 @functools.lru_cache(maxsize=4096)
 def stored_launch(batch: int, rows: int, tiles: int, row_bytes: int, device: torch.device) -> LinearLaunch | RingLaunch | None:
     """Launch that is stored for a CUDA device and arguments of `linear_launch`, or None."""
@@ -65,9 +82,8 @@ def stored_launch(batch: int, rows: int, tiles: int, row_bytes: int, device: tor
 @functools.lru_cache(maxsize=32)
 def _launches(device: torch.device) -> Mapping[Shape, LinearLaunch | RingLaunch]:
     """What is stored for a device. Warns, and gives nothing, where a file is of no use."""
-    given = os.environ.get("HQ_INDUCTOR_LAUNCHES")
-    path = Path(given) if given else DIRECTORY / table_name(torch.cuda.get_device_properties(device).name)
-    if not given and not path.exists():
+    path = _given or DIRECTORY / table_name(torch.cuda.get_device_properties(device).name)
+    if not _given and not path.exists():
         return {}
     try:
         return read_table(path, ring_products(device))

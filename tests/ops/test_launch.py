@@ -28,7 +28,7 @@ from hq_inductor.ops.launch import (
     linear_launch,
     ring_warps,
 )
-from hq_inductor.ops.launch_table import Shape, batch_class, read_table, stored_launch, table_name, write_table
+from hq_inductor.ops.launch_table import Shape, batch_class, read_table, stored_launch, table_name, use_launches, write_table
 
 # of sm_90: 32-bit registers, and KiB of shared memory, of which every block takes one more
 REGISTERS, SHARED_KB = 65536, 228
@@ -146,7 +146,6 @@ def device(monkeypatch):
     device = SimpleNamespace(name="NVIDIA H200", multi_processor_count=132, capability=(9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: device.capability)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
-    monkeypatch.delenv("HQ_INDUCTOR_LAUNCHES", raising=False)
     remembered = [f for module in (launch_module, launch_table) for f in vars(module).values() if hasattr(f, "cache_clear")]
     for function in remembered:
         function.cache_clear()
@@ -156,12 +155,13 @@ def device(monkeypatch):
 
 
 @pytest.fixture
-def table(device, monkeypatch, tmp_path):
+def table(device, tmp_path):
     """A file that is taken in place of the stored one, with `ENTRIES`."""
     path = tmp_path / "launches.json"
     write_table(path, ABOUT, ENTRIES)
-    monkeypatch.setenv("HQ_INDUCTOR_LAUNCHES", str(path))
-    return path
+    use_launches(path)
+    yield path
+    use_launches(None)
 
 
 def chosen(batch, rows, tiles):
@@ -208,7 +208,7 @@ def test_batch_classes():
     assert [batch_class(batch, False) for batch in (32, 33)] == [32, None]
 
 
-def test_environment_variable_names_a_table(table):
+def test_launches_of_a_file(table):
     assert read_table(table, True) == {shape: launch for shape, (launch, _) in ENTRIES.items()}
     assert json.loads(table.read_text())["entries"][0] == {**SHAPE._asdict(), "linear": vars(LINEAR), "gain": 1.031}
     assert chosen(5, 640, 7) == LINEAR and chosen(40, 640, 7) == RING
@@ -217,6 +217,18 @@ def test_environment_variable_names_a_table(table):
     # and not read again
     table.unlink()
     assert chosen(6, 640, 7) == LINEAR
+
+
+def test_what_is_no_table_is_not_used(table, tmp_path):
+    damaged = tmp_path / "damaged.json"
+    damaged.write_text("[]")
+    with pytest.raises(ValueError, match="it must be a JSON object of format 1"):
+        use_launches(damaged)
+    with pytest.raises(OSError, match=r"missing\.json"):
+        use_launches(tmp_path / "missing.json")
+    assert chosen(5, 640, 7) == LINEAR
+    use_launches(None)
+    assert chosen(5, 640, 7) == linear_launch(5, 640, 7, 132, 64, True)
 
 
 def entry(kind="linear", gain=1.1, launch=LINEAR, **fields):

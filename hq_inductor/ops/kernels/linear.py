@@ -59,7 +59,7 @@ if INTERPRETED:
 
 
 @triton.jit
-def _finish_panel(
+def _meet_and_store(
     totals,
     strips,
     column,
@@ -79,58 +79,34 @@ def _finish_panel(
     HAS_RESIDUAL: tl.constexpr,
     NUM_WARPS: tl.constexpr,
 ):
-    """Sums of a block's strips, `strips` and on, to the output; `totals` as MMAs leave them, `sums_address` of `sums_bytes`."""
-    lane = thread % 32
-    warp = thread // 32
-    if SHARING == 1 or _INTERPRETED:
-        if SHARING > 1:
-            totals = _meet(totals, thread, SHARING, NUM_WARPS)
-        store_strip(
-            totals,
-            strips + warp // SHARING,
-            warp % SHARING == 0,
-            column,
-            m0,
-            M,
-            N,
-            total,
-            lane,
-            bias_ptr,
-            residual_ptr,
-            stride_residual,
-            out_ptr,
-            BLOCKS,
-            HAS_BIAS,
-            HAS_RESIDUAL,
-        )
-    else:
-        OUTPUTS: tl.constexpr = 128 * NUM_WARPS // SHARING  # of a block of 8 columns
-        for b in tl.static_range(BLOCKS):
-            # two buffers in turns: one barrier is enough
-            buffer = sums_address + (b % 2) * (512 * NUM_WARPS)
-            store_shared_16(buffer + 16 * thread, totals[4 * b], totals[4 * b + 1], totals[4 * b + 2], totals[4 * b + 3])
-            tl.debug_barrier()
-            for first in tl.static_range(0, OUTPUTS, 32 * NUM_WARPS):
-                output = first + thread
-                # neighbours have neighbouring rows, which lie side by side in the output
-                row = output % 16
-                m = output // 16 % 8
-                strip = output // 128
-                place = buffer + strip * (512 * SHARING) + (64 * (row % 8) + 16 * (m // 2) + 8 * (row // 8) + 4 * (m % 2))
-                value = load_shared_float(place)
-                for s in tl.static_range(1, SHARING):
-                    value += load_shared_float(place + 512 * s)
-                n = (strips + strip) * 16 + row
-                m = m0 + 8 * b + m
-                mask = (output < OUTPUTS) & (n < N) & (m < M)
-                if HAS_BIAS:
-                    value += load_global(bias_ptr + n, mask).to(tl.float32)
-                if HAS_RESIDUAL:
-                    value += load_global(residual_ptr + m.to(tl.int64) * stride_residual + (column + n), mask).to(tl.float32)
-                store_global(out_ptr + m.to(tl.int64) * total + (column + n), value.to(out_ptr.dtype.element_ty), mask)
-        if BLOCKS % 2 == 1:
-            # the next panel begins with the same buffer
-            tl.debug_barrier()
+    """Sums of a block's strips, `strips` and on, to the output: each warp's `totals`, as MMAs leave them, meet at `sums_address`."""
+    OUTPUTS: tl.constexpr = 128 * NUM_WARPS // SHARING  # of a block of 8 columns
+    for b in tl.static_range(BLOCKS):
+        # two buffers in turns: one barrier is enough
+        buffer = sums_address + (b % 2) * (512 * NUM_WARPS)
+        store_shared_16(buffer + 16 * thread, totals[4 * b], totals[4 * b + 1], totals[4 * b + 2], totals[4 * b + 3])
+        tl.debug_barrier()
+        for first in tl.static_range(0, OUTPUTS, 32 * NUM_WARPS):
+            output = first + thread
+            # neighbours have neighbouring rows, which lie side by side in the output
+            row = output % 16
+            m = output // 16 % 8
+            strip = output // 128
+            place = buffer + strip * (512 * SHARING) + (64 * (row % 8) + 16 * (m // 2) + 8 * (row // 8) + 4 * (m % 2))
+            value = load_shared_float(place)
+            for s in tl.static_range(1, SHARING):
+                value += load_shared_float(place + 512 * s)
+            n = (strips + strip) * 16 + row
+            m = m0 + 8 * b + m
+            mask = (output < OUTPUTS) & (n < N) & (m < M)
+            if HAS_BIAS:
+                value += load_global(bias_ptr + n, mask).to(tl.float32)
+            if HAS_RESIDUAL:
+                value += load_global(residual_ptr + m.to(tl.int64) * stride_residual + (column + n), mask).to(tl.float32)
+            store_global(out_ptr + m.to(tl.int64) * total + (column + n), value.to(out_ptr.dtype.element_ty), mask)
+    if BLOCKS % 2 == 1:
+        # the next panel begins with the same buffer
+        tl.debug_barrier()
 
 
 @triton.jit
@@ -439,48 +415,8 @@ def linear_kernel(
             if PDL:
                 # not before: what starts early takes its place among the blocks of this kernel that still wait for theirs
                 gdc_launch_dependents()
-            if RUNS:
-                mine = strip * 16 + lane * 0 < N
-                first_block = block_of_unit(panel * tiles, each, rest)
-                parts = block_of_unit(panel * tiles + (tiles - 1), each, rest) - first_block + 1
-                if parts > 1:
-                    programs = tl.program_id(1) * tl.num_programs(0)
-                    totals, finished = meet_in_memory(
-                        totals,
-                        lane,
-                        warp,
-                        partial_ptr,
-                        counter_ptr,
-                        2 * (programs + tl.program_id(0)) + tl.where(begins, 0, 1),
-                        2 * (programs + first_block),
-                        2 * (programs + first_block) + 1,
-                        parts,
-                        (tl.program_id(1) * panels + panel) * NUM_WARPS + warp,
-                        2,
-                        BLOCKS,
-                        NUM_WARPS,
-                    )
-                    mine = mine & finished
-                store_strip(
-                    totals,
-                    strip,
-                    mine,
-                    column,
-                    m0,
-                    M,
-                    N,
-                    total,
-                    lane,
-                    bias_ptr,
-                    residual_ptr,
-                    stride_residual,
-                    out_ptr,
-                    BLOCKS,
-                    HAS_BIAS,
-                    HAS_RESIDUAL,
-                )
-            else:
-                _finish_panel(
+            if SHARING > 1 and not _INTERPRETED:
+                _meet_and_store(
                     totals,
                     weight_panel * STRIPS,
                     column,
@@ -499,6 +435,49 @@ def linear_kernel(
                     HAS_BIAS,
                     HAS_RESIDUAL,
                     NUM_WARPS,
+                )
+            else:
+                mine = (strip * 16 + lane * 0 < N) & (warp % SHARING == 0)
+                if SHARING > 1:
+                    totals = _meet(totals, thread, SHARING, NUM_WARPS)
+                if RUNS:
+                    first_block = block_of_unit(panel * tiles, each, rest)
+                    parts = block_of_unit(panel * tiles + (tiles - 1), each, rest) - first_block + 1
+                    if parts > 1:
+                        programs = tl.program_id(1) * tl.num_programs(0)
+                        totals, finished = meet_in_memory(
+                            totals,
+                            lane,
+                            warp,
+                            partial_ptr,
+                            counter_ptr,
+                            2 * (programs + tl.program_id(0)) + tl.where(begins, 0, 1),
+                            2 * (programs + first_block),
+                            2 * (programs + first_block) + 1,
+                            parts,
+                            (tl.program_id(1) * panels + panel) * NUM_WARPS + warp,
+                            2,
+                            BLOCKS,
+                            NUM_WARPS,
+                        )
+                        mine = mine & finished
+                store_strip(
+                    totals,
+                    strip,
+                    mine,
+                    column,
+                    m0,
+                    M,
+                    N,
+                    total,
+                    lane,
+                    bias_ptr,
+                    residual_ptr,
+                    stride_residual,
+                    out_ptr,
+                    BLOCKS,
+                    HAS_BIAS,
+                    HAS_RESIDUAL,
                 )
             totals = zeros_of(thread, 4 * BLOCKS)
         begins = begins | wraps

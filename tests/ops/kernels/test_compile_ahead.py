@@ -173,8 +173,7 @@ def test_rotate_quantize(capability, prologue, tmp_path):
     }
     constants |= {"PDL": capability >= 90, "RING": 64 if capability == 90 else 0, **prologue_constants(prologue)}
     sass, _, _ = compile_ahead(rotate_quantize_kernel, {**pointers, **scalars}, constants, capability, 1, tmp_path)
-    # Triton 3.8's assembler spills one register, once, before a layer norm
-    assert sass.count("LDL") + sass.count("STL") <= sass.count(";") // 1000, "spilled registers"
+    assert "LDL" not in sass and "STL" not in sass, "spilled registers"
     assert "LDG.E.U16" not in sass and "LDG.E.128" in sass
 
 
