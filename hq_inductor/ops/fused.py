@@ -17,6 +17,7 @@ from .kernels.decode import decode_kernel
 from .kernels.linear import linear_kernel
 from .kernels.linear_ring import ring_linear_kernel
 from .kernels.matmul import int8_matmul_kernel
+from .kernels.rotate_row import rotate_row_kernel
 from .kernels.shared import row_bytes
 from .kernels.warpgroup import ring_shape
 from .launch import (
@@ -53,6 +54,11 @@ def _rotation(layout: TileLayout | CodesLayout, act_pre_scale: torch.Tensor | No
         "HAS_BIAS": prologue.bias is not None,
         "NORM_ROWS": _norm_rows(prologue) > 1,
     }
+
+
+# coefficients, padding included, that a program can have of a row in registers, and how many of them a thread has
+MAX_ROW = 32768
+ROW_REGISTERS = 32
 
 
 def _norm_rows(prologue: Prologue) -> int:
@@ -149,6 +155,16 @@ def rotate_quantize(
     return q, scale, zeros
 
 
+def row_shape(tiles: int, rotation: dict) -> tuple[int, int]:
+    """Tiles of a row that a program has at once, and its warps; (0, 0) for rows that are too long for one."""
+    padded = triton.next_power_of_2(tiles)
+    blocks = padded * rotation["PARTS"]
+    elements = blocks * rotation["BLOCK"]
+    if elements > MAX_ROW:
+        return 0, 0
+    return padded, max(1, min(blocks, elements // (32 * ROW_REGISTERS)))
+
+
 def rotate(
     x: torch.Tensor,
     act_pre_scale: torch.Tensor | None,
@@ -177,7 +193,31 @@ def rotate(
     if out.numel() == 0:
         return out, scale
     prologue, stride_norm, period = _norm_strides(prologue, batch)
-    statistics, gate = x, x if prologue.gate is None else prologue.gate
+    gate = x if prologue.gate is None else prologue.gate
+    scalars = (features, x.stride(0), gate.stride(0), stride_norm, period, tiles)
+    rotation = _rotation(layout, act_pre_scale, seed, prologue)
+    aligned = _aligned_rows(x, gate) and stride_norm % 16 == 0
+    padded, num_warps = row_shape(tiles, rotation)
+    if fp8 and padded:
+        ahead.launch(
+            rotate_row_kernel,
+            (batch,),
+            x,
+            gate,
+            _vector(prologue.weight, x),
+            _vector(prologue.bias, x),
+            _vector(act_pre_scale, x),
+            out,
+            scale,
+            *scalars,
+            prologue.eps,
+            **rotation,
+            TILES=padded,
+            ALIGNED=aligned,
+            num_warps=num_warps,
+        )
+        return out, scale
+    statistics = x
     if prologue.name in NORMS:
         statistics = torch.empty((batch, 2), dtype=torch.float32, device=x.device)
         ahead.launch(
@@ -193,9 +233,6 @@ def rotate(
             num_warps=4,
         )
     pointers = (x, gate, _vector(prologue.weight, x), _vector(prologue.bias, x), statistics, _vector(act_pre_scale, x))
-    scalars = (features, x.stride(0), gate.stride(0), stride_norm, period, tiles)
-    rotation = _rotation(layout, act_pre_scale, seed, prologue)
-    aligned = _aligned_rows(x, gate) and stride_norm % 16 == 0
     if fp8:
         kept = {key: value for key, value in rotation.items() if key not in ("BLOCK", "PARTS", "SEED")}
         padded = triton.next_power_of_2(layout.tile)

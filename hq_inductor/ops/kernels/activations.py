@@ -86,8 +86,8 @@ def _gelu_tanh(x):
 
 
 @triton.jit
-def load_activations(
-    x_ptr,
+def apply_prologue(
+    x,
     gate_ptr,
     norm_weight_ptr,
     norm_bias_ptr,
@@ -95,14 +95,13 @@ def load_activations(
     inverse_deviation,
     column,
     mask,
+    DTYPE: tl.constexpr,
     PROLOGUE: tl.constexpr,
     ADD_ONE: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """Columns of a row after the prologue, fp32; zeros where masked out."""
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    x = tl.load(x_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    """`x`, fp32 columns of a row of `DTYPE`, after the prologue, fp32; zeros where masked out."""
     if PROLOGUE == "silu_mul" or PROLOGUE == "gelu_mul" or PROLOGUE == "gelu_tanh_mul":
         gate = tl.load(gate_ptr + column, mask=mask, other=0.0).to(tl.float32)
         if PROLOGUE == "silu_mul":
@@ -125,6 +124,39 @@ def load_activations(
             x = x + tl.load(norm_bias_ptr + column, mask=mask, other=0.0).to(tl.float32)
         x = tl.where(mask, x.to(DTYPE).to(tl.float32), 0.0)
     return x
+
+
+@triton.jit
+def load_activations(
+    x_ptr,
+    gate_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    mean,
+    inverse_deviation,
+    column,
+    mask,
+    PROLOGUE: tl.constexpr,
+    ADD_ONE: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """Columns of a row after the prologue, fp32; zeros where masked out."""
+    return apply_prologue(
+        tl.load(x_ptr + column, mask=mask, other=0.0).to(tl.float32),
+        gate_ptr,
+        norm_weight_ptr,
+        norm_bias_ptr,
+        mean,
+        inverse_deviation,
+        column,
+        mask,
+        x_ptr.dtype.element_ty,
+        PROLOGUE,
+        ADD_ONE,
+        HAS_WEIGHT,
+        HAS_BIAS,
+    )
 
 
 @triton.jit

@@ -12,13 +12,15 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
+from hq_inductor.format.hadamard import hadamard_block  # noqa: E402
 from hq_inductor.format.rates import weight_layout  # noqa: E402
-from hq_inductor.ops.fused import stages_tiles  # noqa: E402
+from hq_inductor.ops.fused import row_shape, stages_tiles  # noqa: E402
 from hq_inductor.ops.kernels.activations import fp8_scale_kernel, rotate_kernel, rotate_quantize_kernel, row_statistics_kernel  # noqa: E402
 from hq_inductor.ops.kernels.decode import decode_kernel  # noqa: E402
 from hq_inductor.ops.kernels.linear import linear_kernel  # noqa: E402
 from hq_inductor.ops.kernels.linear_ring import ring_linear_kernel  # noqa: E402
 from hq_inductor.ops.kernels.matmul import int8_matmul_kernel  # noqa: E402
+from hq_inductor.ops.kernels.rotate_row import rotate_row_kernel  # noqa: E402
 from hq_inductor.ops.kernels.shared import row_bytes  # noqa: E402
 from hq_inductor.ops.kernels.warpgroup import ring_shape  # noqa: E402
 from hq_inductor.ops.launch import REGISTERS, TIGHT_REGISTERS, RingLaunch, linear_launch, matmul_launch, ring_warps  # noqa: E402
@@ -203,6 +205,21 @@ def test_fp8_scale(prologue, tmp_path):
     scalars = dict.fromkeys(("in_features", "stride_xm", "stride_gm", "stride_norm", "period", "tiles"), "i32")
     sass, _, _ = compile_ahead(fp8_scale_kernel, {**pointers, **scalars}, constants, 90, 4, tmp_path)
     assert "LDL" not in sass and "STL" not in sass, "spilled registers"
+
+
+@pytest.mark.parametrize(
+    ("capability", "prologue", "tile", "tiles"), [(90, "none", 512, 28), (90, "layer_norm_1p", 512, 8), (100, "rms_norm", 384, 9)]
+)
+def test_rotate_row(capability, prologue, tile, tiles, tmp_path):
+    block = hadamard_block(tile)
+    shape = {"TILE": tile, "BLOCK": block, "PARTS": triton.next_power_of_2(tile // block)}
+    padded, num_warps = row_shape(tiles, shape)
+    constants = {"TILES": padded, **shape, "SEED": 7, "HAS_SCALE": True, "ALIGNED": True, **prologue_constants(prologue)}
+    pointers = {**ACTIVATIONS, "pre_scale_ptr": "*bf16", "out_ptr": "*fp8e4nv", "scale_ptr": "*fp32"}
+    scalars = dict.fromkeys(("in_features", "stride_xm", "stride_gm", "stride_norm", "period", "tiles"), "i32") | {"eps": "fp32"}
+    sass, _, _ = compile_ahead(rotate_row_kernel, {**pointers, **scalars}, constants, capability, num_warps, tmp_path)
+    assert "LDL" not in sass and "STL" not in sass, "spilled registers"
+    assert "LDG.E.U16" not in sass and "LDG.E.128" in sass and "STG.E.128" in sass
 
 
 @pytest.mark.parametrize("prologue", ["rms_norm", "layer_norm"])
