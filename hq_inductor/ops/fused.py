@@ -56,9 +56,10 @@ def _rotation(layout: TileLayout | CodesLayout, act_pre_scale: torch.Tensor | No
     }
 
 
-# coefficients, padding included, that a program can have of a row in registers, and how many of them a thread has
-MAX_ROW = 32768
-ROW_REGISTERS = 32
+# coefficients of a row that a thread has in registers, which a Hadamard transform of 512 exchanges between threads once, and the most
+# warps with so many registers
+ROW_REGISTERS = 64
+MAX_ROW_WARPS = 16
 
 
 def _norm_rows(prologue: Prologue) -> int:
@@ -155,14 +156,18 @@ def rotate_quantize(
     return q, scale, zeros
 
 
-def row_shape(tiles: int, rotation: dict) -> tuple[int, int]:
-    """Tiles of a row that a program has at once, and its warps; (0, 0) for rows that are too long for one."""
+def row_shape(tiles: int, block: int, parts: int) -> tuple[int, int]:
+    """Tiles of a row, padded, that a program of `rotate_row_kernel` has at once, and its warps; (0, 0) if a row is too long for one.
+
+    Args:
+        block, parts: coefficients that are transformed together, and how many such blocks a tile is padded to.
+    """
     padded = triton.next_power_of_2(tiles)
-    blocks = padded * rotation["PARTS"]
-    elements = blocks * rotation["BLOCK"]
-    if elements > MAX_ROW:
+    blocks = padded * parts
+    num_warps = max(1, min(blocks, blocks * block // (32 * ROW_REGISTERS)))
+    if num_warps > MAX_ROW_WARPS or blocks * block > 32 * ROW_REGISTERS * num_warps:
         return 0, 0
-    return padded, max(1, min(blocks, elements // (32 * ROW_REGISTERS)))
+    return padded, num_warps
 
 
 def rotate(
@@ -197,7 +202,7 @@ def rotate(
     scalars = (features, x.stride(0), gate.stride(0), stride_norm, period, tiles)
     rotation = _rotation(layout, act_pre_scale, seed, prologue)
     aligned = _aligned_rows(x, gate) and stride_norm % 16 == 0
-    padded, num_warps = row_shape(tiles, rotation)
+    padded, num_warps = row_shape(tiles, rotation["BLOCK"], rotation["PARTS"])
     if fp8 and padded:
         ahead.launch(
             rotate_row_kernel,
@@ -214,6 +219,7 @@ def rotate(
             **rotation,
             TILES=padded,
             ALIGNED=aligned,
+            NUM_WARPS=num_warps,
             num_warps=num_warps,
         )
         return out, scale
