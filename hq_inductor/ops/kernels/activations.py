@@ -22,12 +22,18 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def _signs(index, SEED: tl.constexpr):
-    """`hq_inductor.format.hadamard.rht_signs` of positions within a block: 1.0 or -1.0."""
+def sign_hash(index, SEED: tl.constexpr):
+    """Bits of which the lowest is set where `hq_inductor.format.hadamard.rht_signs` is negative."""
     h = index.to(tl.uint32) * 0x9E3779B1 + ((SEED * 0x85EBCA77 + 0x165667B1) & 0xFFFFFFFF)
     h = (h ^ (h >> 16)) * 0x85EBCA6B
     h = (h ^ (h >> 13)) * 0xC2B2AE35
-    return 1.0 - 2.0 * ((h ^ (h >> 16)) & 1).to(tl.float32)
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def _signs(index, SEED: tl.constexpr):
+    """`hq_inductor.format.hadamard.rht_signs` of positions within a block: 1.0 or -1.0."""
+    return 1.0 - 2.0 * (sign_hash(index, SEED) & 1).to(tl.float32)
 
 
 @triton.jit

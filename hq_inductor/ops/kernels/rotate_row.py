@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .activations import _SMALLEST, _signs, apply_prologue
+from .activations import _SMALLEST, apply_prologue, sign_hash
 from .bits import INTERPRETED
 
 # the turn after the last: 16 bytes per thread side by side
@@ -101,6 +102,14 @@ if INTERPRETED:
     def _exchange(x, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, NUM_WARPS: tl.constexpr, TURN: tl.constexpr):
         return x
 
+    @triton.jit
+    def _numbers(x):
+        return tl.arange(0, x.shape[0])
+
+    @triton.jit
+    def _threads(NUM_WARPS: tl.constexpr):
+        return tl.arange(0, 32 * NUM_WARPS)
+
 else:
     _jit = gluon.jit
 
@@ -113,6 +122,15 @@ else:
     @gluon.jit
     def _exchange(x, BLOCKS: gl.constexpr, BLOCK: gl.constexpr, NUM_WARPS: gl.constexpr, TURN: gl.constexpr):
         return gl.convert_layout(x, layout_of(BLOCKS, BLOCK, NUM_WARPS, TURN))
+
+    @gluon.jit
+    def _numbers(x):
+        """Of the elements of a vector, where they are."""
+        return gl.arange(0, x.shape[0], layout=x.type.layout)
+
+    @gluon.jit
+    def _threads(NUM_WARPS: gl.constexpr):
+        return gl.arange(0, 32 * NUM_WARPS, layout=gl.BlockedLayout([1], [32], [NUM_WARPS], [0]))
 
 
 @triton.jit
@@ -149,29 +167,52 @@ def _statistics(x, mask, features, eps, PROLOGUE: tl.constexpr):
 
 
 @triton.jit
-def _largest_square(x, TILES: tl.constexpr, PARTS: tl.constexpr):
+def _largest_square(x, TILES: tl.constexpr):
     """Of the norms of a row's tiles."""
-    squares = tl.sum(x * x, 1)
-    if PARTS > 1:
-        squares = tl.sum(tl.reshape(squares, [TILES, PARTS]), 1)
-    return tl.max(squares, 0)
+    return tl.max(tl.sum(tl.reshape(x * x, [TILES, x.numel // TILES]), 1), 0)
 
 
-@_jit(do_not_specialize=["in_features", "stride_norm", "period", "tiles", "eps"])
+@triton.jit
+def _norm_scale(x, TILES: tl.constexpr):
+    """The scale of a row of e4m3."""
+    largest = _largest_square(x, TILES)
+    unit = largest * 0.0 + 1.0
+    if not ((largest > 2.0**-80) & (largest < 2.0**120)):
+        # squares overflow or vanish
+        unit = tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0), _SMALLEST)
+        largest = _largest_square(x / unit, TILES)
+    return tl.maximum(tl.sqrt(largest) * (unit / 448.0), _SMALLEST)
+
+
+@triton.jit
+def _in_order(q, RING: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+    """Columns as they are stored for the linear kernels, within 64 or 32 of them."""
+    if RING > 0:
+        q = tl.permute(tl.reshape(q, [BLOCKS, BLOCK // 32, 4, 2, 4]), [0, 1, 3, 2, 4])
+    else:
+        q = tl.permute(tl.reshape(q, [BLOCKS, BLOCK // 64, 2, 4, 8]), [0, 1, 3, 2, 4])
+    return tl.reshape(q, [BLOCKS, BLOCK])
+
+
+@_jit(do_not_specialize=["M", "M_PAD", "in_features", "stride_norm", "period", "tiles", "counters", "eps"])
 def rotate_row_kernel(
     x_ptr,  # [M, in_features], rows stride_xm apart
     gate_ptr,  # the same, rows stride_gm apart, or anything if the prologue has no gate
     norm_weight_ptr,  # [in_features], or anything if not HAS_WEIGHT; NORM_ROWS: rows stride_norm apart, one for period rows
     norm_bias_ptr,  # the same, or anything if not HAS_BIAS
     pre_scale_ptr,  # [in_features], or anything if not HAS_SCALE
-    out_ptr,  # [M, tiles * TILE] e4m3
-    scale_ptr,  # [M] fp32
+    out_ptr,  # [M_PAD, tiles * TILE], or not PLAIN as rotate_quantize_kernel's
+    scale_ptr,  # int8: [tiles, M_PAD] fp32; e4m3: [M] fp32; else anything
+    counter_ptr,  # [counters] int32, set to zero for the kernel that follows
+    M,
+    M_PAD,
     in_features,
     stride_xm,
     stride_gm,
     stride_norm,
     period,
     tiles,
+    counters,
     eps,
     TILES: tl.constexpr,  # a power of two from tiles up
     TILE: tl.constexpr,
@@ -184,33 +225,49 @@ def rotate_row_kernel(
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     NORM_ROWS: tl.constexpr,
+    LATTICE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    PDL: tl.constexpr,
+    PLAIN: tl.constexpr,
+    RING: tl.constexpr,
     NUM_WARPS: tl.constexpr,
 ):
     """Program m: one row."""
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    BLOCKS: tl.constexpr = TILES * PARTS
+    LAST: tl.constexpr = turns_of(BLOCKS, BLOCK, NUM_WARPS) - 1
+    if PDL:
+        # as rotate_quantize_kernel
+        gdc_launch_dependents()
+        gdc_wait()
+    m = tl.program_id(0)
+    if not PLAIN and m == 0:
+        for first in range(0, counters, 32 * NUM_WARPS):
+            index = first + _threads(NUM_WARPS)
+            tl.store(counter_ptr + index, index * 0, mask=index < counters)
     if ALIGNED:
         # no change, but the compiler sees it
         in_features = in_features // 16 * 16
         stride_xm = stride_xm // 16 * 16
         stride_gm = stride_gm // 16 * 16
         stride_norm = stride_norm // 16 * 16
-    m = tl.program_id(0).to(tl.int64)
+    row = tl.minimum(m, M - 1).to(tl.int64)
     if NORM_ROWS:
-        norm_weight_ptr += m // period * stride_norm
-        norm_bias_ptr += m // period * stride_norm
-    BLOCKS: tl.constexpr = TILES * PARTS
+        norm_weight_ptr += row // period * stride_norm
+        norm_bias_ptr += row // period * stride_norm
     block, place = _places(BLOCKS, BLOCK, NUM_WARPS, 0)
     column = block // PARTS * TILE + block % PARTS * BLOCK + place
-    inside = (block // PARTS < tiles) & (block % PARTS * BLOCK < TILE) & (place >= 0)
-    mask = inside & (column < in_features)
-    x = tl.load(x_ptr + m * stride_xm + column, mask=mask, other=0.0).to(tl.float32)
+    # rows that are padding have no features
+    features = tl.where(m < M, in_features, 0)
+    mask = (block // PARTS < tiles) & (block % PARTS * BLOCK < TILE) & (column < features)
+    x = tl.load(x_ptr + row * stride_xm + column, mask=mask, other=0.0).to(tl.float32)
     mean = 0.0
     inverse_deviation = 1.0
     if PROLOGUE == "rms_norm" or PROLOGUE == "rms_norm_cast" or PROLOGUE == "layer_norm":
         mean, inverse_deviation = _statistics(x, mask, in_features, eps, PROLOGUE)
     x = apply_prologue(
         x,
-        gate_ptr + m * stride_gm,
+        gate_ptr + row * stride_gm,
         norm_weight_ptr,
         norm_bias_ptr,
         mean,
@@ -225,17 +282,38 @@ def rotate_row_kernel(
     )
     if HAS_SCALE:
         x = x * tl.load(pre_scale_ptr + column, mask=mask, other=0.0).to(tl.float32)
-    largest = _largest_square(x, TILES, PARTS)
-    unit = largest * 0.0 + 1.0
-    if not ((largest > 2.0**-80) & (largest < 2.0**120)):
-        # squares overflow or vanish
-        unit = tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0), _SMALLEST)
-        largest = _largest_square(x / unit, TILES, PARTS)
-    scale = tl.maximum(tl.sqrt(largest) * (unit / 448.0), _SMALLEST)
-    tl.store(scale_ptr + m, scale)
-    r = _hadamard(x * _signs(place, SEED), BLOCKS, BLOCK, NUM_WARPS) * ((1.0 / (BLOCK**0.5)) / scale)
-    r = _exchange(r.to(tl.float8e4nv), BLOCKS, BLOCK, NUM_WARPS, STORE)
+    if DTYPE == tl.float8e4nv:
+        scale = _norm_scale(x, TILES)
+        tl.store(scale_ptr + m, scale)
+    signs = ((sign_hash(place, SEED) << 31) | 0x3F800000).to(tl.float32, bitcast=True)
+    r = _hadamard(x * signs, BLOCKS, BLOCK, NUM_WARPS)
+    if DTYPE == tl.float8e4nv:
+        # no coefficient exceeds the norm, so none is to be clamped
+        r = (r * ((1.0 / (BLOCK**0.5)) / scale)).to(DTYPE)
+    elif DTYPE == tl.int8:
+        if LATTICE == "a2":
+            block, place = _places(BLOCKS, BLOCK, NUM_WARPS, LAST)
+            r = r * tl.where(place % 2 == 0, 1.7320508075688772, 1.0)
+        r = tl.reshape(r * (1.0 / (BLOCK**0.5)), [TILES, PARTS * BLOCK])
+        largest = tl.max(tl.abs(r), 1)
+        t = _numbers(largest)
+        tl.store(scale_ptr + t * M_PAD + m, largest / 127.0, mask=t < tiles)
+        r = r * tl.where(largest > 0, 127.0 / largest, 0.0)[:, None]
+        # rounded to even, the integer in the lower bits: no conversion, which are slow
+        r = tl.reshape((r + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8), [BLOCKS, BLOCK])
+    else:
+        r = (r * (1.0 / (BLOCK**0.5))).to(DTYPE)
+    if not PLAIN:
+        r = _in_order(r, RING, BLOCKS, BLOCK)
+    r = _exchange(r, BLOCKS, BLOCK, NUM_WARPS, STORE)
     block, place = _places(BLOCKS, BLOCK, NUM_WARPS, STORE)
     column = block // PARTS * TILE + block % PARTS * BLOCK + place
     inside = (block // PARTS < tiles) & (block % PARTS * BLOCK < TILE) & (place >= 0)
-    tl.store(out_ptr + m * (tiles * TILE) + column, r, mask=inside)
+    if PLAIN:
+        out_ptr += m.to(tl.int64) * (tiles * TILE) + column
+    elif RING > 0:
+        half = (column // 16).to(tl.int64) + (m // RING).to(tl.int64) * (tiles * (TILE // 16))
+        out_ptr += half * (16 * RING) + (m % RING) * 16 + column % 16
+    else:
+        out_ptr += (column // 64).to(tl.int64) * M_PAD * 64 + m * 64 + column % 64
+    tl.store(out_ptr, r, mask=inside)

@@ -4,6 +4,8 @@ python -m tests.ops.kernels.interpreted_prologue, with `TRITON_INTERPRET=1`."""
 
 from __future__ import annotations
 
+from unittest import mock
+
 import torch
 import triton
 
@@ -12,6 +14,7 @@ from hq_inductor.format.hadamard import hadamard_block, hadamard_ref
 from hq_inductor.format.layout import TileLayout
 from hq_inductor.format.mma import E4M3_MAX, fp8_scale
 from hq_inductor.format.rates import weight_layout
+from hq_inductor.ops import fused
 from hq_inductor.ops.fused import rotate, rotate_quantize, sibling_linear
 from hq_inductor.ops.prologue import GATES, LAYER_NORMS, NO_PROLOGUE, NORMS, PROLOGUES, Prologue
 
@@ -47,13 +50,15 @@ def check(name: str, features: int, dtype: torch.dtype) -> None:
     expected = hadamard_ref(padded, hadamard_block(layout.tile), 3)
     # a value within an fp32 error of the middle between two of the dtype may be rounded the other way, and the transform spreads it
     bound = 4e-6 * expected.abs().max() if dtype == torch.float32 else torch.finfo(dtype).eps * activations.abs().max()
-    found, _ = rotate(x, pre_scale, layout, tiles, 3, torch.float32, prologue)
-    assert (found.double() - expected).abs().max() <= bound
-    q, scale, _ = rotate_quantize(x, pre_scale, layout, tiles, 3, 8, 0, prologue)
-    step = scale.double().t().repeat_interleave(layout.tile, 1)
-    quantized = unpack(q, scale, layout.tile, False)
-    assert ((quantized[:batch] - expected).abs() <= 0.501 * step[:batch] + bound).all()
-    assert (quantized[batch:] == 0).all()
+    for many in (True, False) if features < LONG else ():
+        with mock.patch.object(fused, "many_coefficients", lambda *shape, many=many: many):
+            found, _ = rotate(x, pre_scale, layout, tiles, 3, torch.float32, prologue)
+            q, scale, _ = rotate_quantize(x, pre_scale, layout, tiles, 3, 8, 0, prologue)
+        assert (found.double() - expected).abs().max() <= bound
+        step = scale.double().t().repeat_interleave(layout.tile, 1)
+        quantized = unpack(q, scale, layout.tile, False)
+        assert ((quantized[:batch] - expected).abs() <= 0.501 * step[:batch] + bound).all()
+        assert (quantized[batch:] == 0).all()
     check_fp8(*rotate(x, pre_scale, layout, tiles, 3, torch.float8_e4m3fn, prologue), expected, layout.tile, bound)
 
 
