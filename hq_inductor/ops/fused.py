@@ -17,6 +17,7 @@ from .kernels.decode import decode_kernel
 from .kernels.linear import linear_kernel
 from .kernels.linear_ring import ring_linear_kernel
 from .kernels.matmul import int8_matmul_kernel
+from .kernels.rotate_row import rotate_row_kernel
 from .kernels.shared import row_bytes
 from .kernels.warpgroup import ring_shape
 from .launch import (
@@ -24,15 +25,18 @@ from .launch import (
     LinearLaunch,
     MatmulLaunch,
     RingLaunch,
+    RowLaunch,
     decode_blocks,
     decode_warps,
     dependent_launch,
     fp8_launch,
     linear_launch,
+    many_coefficients,
     matmul_launch,
     multiprocessors,
     ring_products,
     ring_warps,
+    row_launch,
     warpgroup_products,
 )
 from .launch_table import stored_launch
@@ -116,6 +120,10 @@ def rotate_quantize(
     q = torch.empty(rotated_shape(layout, tiles, padded, ring), dtype=torch.int8, device=x.device)
     scale = torch.empty((tiles, padded), dtype=torch.float32, device=x.device)
     zeros = torch.empty(counters, dtype=torch.int32, device=x.device)
+    row = _row_launch(x.shape[0], tiles, layout) if many_coefficients(*x.shape) else None
+    if row is not None:
+        _rotate_rows(x, act_pre_scale, q, scale, zeros, layout, tiles, padded, seed, prologue, row, ring)
+        return q, scale, zeros
     pdl = dependent_launch(x.device)
     prologue, stride_norm, period = _norm_strides(prologue, x.shape[0])
     gate = x if prologue.gate is None else prologue.gate
@@ -150,6 +158,63 @@ def rotate_quantize(
     return q, scale, zeros
 
 
+def _rotate_rows(
+    x: torch.Tensor,
+    act_pre_scale: torch.Tensor | None,
+    out: torch.Tensor,
+    scale: torch.Tensor | None,
+    zeros: torch.Tensor | None,
+    layout: TileLayout | CodesLayout,
+    tiles: int,
+    padded: int,
+    seed: int,
+    prologue: Prologue,
+    launch: RowLaunch,
+    ring: int = 0,
+) -> None:
+    """A program for each of `padded` rows; arguments as of `rotate_quantize`, without zeros to be written the order is `rotate`'s."""
+    prologue, stride_norm, period = _norm_strides(prologue, x.shape[0])
+    gate = x if prologue.gate is None else prologue.gate
+    pdl = zeros is not None and dependent_launch(x.device)
+    ahead.launch(
+        rotate_row_kernel,
+        (padded,),
+        x,
+        gate,
+        _vector(prologue.weight, x),
+        _vector(prologue.bias, x),
+        _vector(act_pre_scale, x),
+        out,
+        x if scale is None else scale,
+        x if zeros is None else zeros,
+        x.shape[0],
+        padded,
+        x.shape[1],
+        x.stride(0),
+        gate.stride(0),
+        stride_norm,
+        period,
+        tiles,
+        0 if zeros is None else zeros.shape[0],
+        prologue.eps,
+        **_rotation(layout, act_pre_scale, seed, prologue),
+        TILES=launch.tiles,
+        LATTICE=layout.lattice,
+        ALIGNED=_aligned_rows(x, gate) and stride_norm % 16 == 0,
+        PDL=pdl,
+        PLAIN=zeros is None,
+        RING=ring,
+        NUM_WARPS=launch.num_warps,
+        num_warps=launch.num_warps,
+        **({"launch_pdl": True} if pdl else {}),
+    )
+
+
+def _row_launch(batch: int, tiles: int, layout: TileLayout | CodesLayout) -> RowLaunch | None:
+    block = hadamard_block(layout.tile)
+    return row_launch(batch, tiles, block, triton.next_power_of_2(layout.tile // block))
+
+
 def rotate(
     x: torch.Tensor,
     act_pre_scale: torch.Tensor | None,
@@ -178,8 +243,18 @@ def rotate(
         scale = torch.empty(batch if fp8 else (tiles, batch), dtype=torch.float32, device=x.device)
     if out.numel() == 0:
         return out, scale
+    # of e4m3 even few: tile by tile, a row would be read twice
+    if fp8 or many_coefficients(batch, features):
+        row = _row_launch(batch, tiles, layout)
+        if row is not None:
+            _rotate_rows(x, act_pre_scale, out, scale, None, layout, tiles, batch, seed, prologue, row)
+            return out, scale
     prologue, stride_norm, period = _norm_strides(prologue, batch)
-    statistics, gate = x, x if prologue.gate is None else prologue.gate
+    gate = x if prologue.gate is None else prologue.gate
+    scalars = (features, x.stride(0), gate.stride(0), stride_norm, period, tiles)
+    rotation = _rotation(layout, act_pre_scale, seed, prologue)
+    aligned = _aligned_rows(x, gate) and stride_norm % 16 == 0
+    statistics = x
     if prologue.name in NORMS:
         statistics = torch.empty((batch, 2), dtype=torch.float32, device=x.device)
         ahead.launch(
@@ -195,9 +270,6 @@ def rotate(
             num_warps=4,
         )
     pointers = (x, gate, _vector(prologue.weight, x), _vector(prologue.bias, x), statistics, _vector(act_pre_scale, x))
-    scalars = (features, x.stride(0), gate.stride(0), stride_norm, period, tiles)
-    rotation = _rotation(layout, act_pre_scale, seed, prologue)
-    aligned = _aligned_rows(x, gate) and stride_norm % 16 == 0
     if fp8:
         kept = {key: value for key, value in rotation.items() if key not in ("BLOCK", "PARTS", "SEED")}
         padded = triton.next_power_of_2(layout.tile)

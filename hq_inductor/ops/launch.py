@@ -33,6 +33,11 @@ TIGHT_TURN = 1.45
 RUN_TURNS = 0.75
 # units per multiprocessor, tiles of all rows of a block's warps, from which on waves of so many tiles per warp pay
 WAVES, WAVE_TILES = 20, 4
+# coefficients of a row that a thread has in registers, and the most warps that have so many
+ROW_REGISTERS = 64
+MAX_ROW_WARPS = 16
+# coefficients from which on whole rows are rotated at a time: with fewer there is not a warp for each scheduler
+MANY_COEFFICIENTS = 2**20
 # rows of a warp, columns of an MMA
 WARP_ROWS = 16
 MMA_COLUMNS = 8
@@ -115,6 +120,14 @@ class MatmulLaunch:
     num_warps: int
     stages: int
     splits: int = 1
+
+
+@dataclass(frozen=True)
+class RowLaunch:
+    """How rows are rotated at a time: tiles of a row, padded to a power of two, and the warps that have them in registers."""
+
+    tiles: int
+    num_warps: int
 
 
 @functools.lru_cache(maxsize=32)
@@ -252,6 +265,30 @@ def _deal(rows: int, tiles: int, num_warps: int, slots: int) -> tuple[float, int
 def decode_blocks(panels: int, tiles: int, processors: int) -> int:
     """Blocks that the decoder's panels of tiles are dealt to: two per multiprocessor, as for the linear kernel."""
     return max(1, min(panels * tiles, 2 * processors))
+
+
+def row_launch(batch: int, tiles: int, block: int, parts: int) -> RowLaunch | None:
+    """Launch for rows of activations, a program each, or None if they are too long.
+
+    Args:
+        block: coefficients that are transformed together.
+        parts: blocks of a tile, padded to a power of two.
+    """
+    padded = 1 << (tiles - 1).bit_length()
+    row = padded * parts * block
+    num_warps = row // (32 * ROW_REGISTERS)
+    if num_warps < 4 and batch * row < MANY_COEFFICIENTS:
+        # a multiprocessor has four schedulers
+        num_warps = min(4, 2 * row // (32 * ROW_REGISTERS))
+    num_warps = max(1, min(num_warps, padded * parts))
+    if num_warps > MAX_ROW_WARPS or row > 32 * ROW_REGISTERS * num_warps:
+        return None
+    return RowLaunch(padded, num_warps)
+
+
+def many_coefficients(batch: int, features: int) -> bool:
+    """Whether activations are so many that whole rows at a time keep a device busy; tile by tile they are more, and smaller, programs."""
+    return batch > FUSED_BATCH and batch * features >= MANY_COEFFICIENTS
 
 
 def ring_warps(columns: int) -> int:

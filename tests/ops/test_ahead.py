@@ -90,7 +90,8 @@ def arguments(batch, mma="auto"):
         (1, "auto", ["rotate_quantize_kernel", "linear_kernel"]),
         (64, "auto", ["rotate_quantize_kernel", "ring_linear_kernel"]),
         (512, "auto", ["rotate_kernel", "decode_kernel", "int8_matmul_kernel"]),
-        (64, "fp8", ["fp8_scale_kernel", "rotate_kernel", "decode_kernel"]),
+        (4096, "int8", ["rotate_row_kernel", "decode_kernel", "int8_matmul_kernel"]),
+        (64, "fp8", ["rotate_row_kernel", "decode_kernel"]),
         (64, "bf16", ["rotate_kernel", "decode_kernel"]),
     ],
 )
@@ -251,7 +252,7 @@ def test_every_worker_is_prepared(monkeypatch):
     assert submitted == ["answer", *3 * [(importlib.import_module, "hq_inductor.ops.fused")]]
 
 
-@pytest.mark.parametrize(("module", "launches"), [(fused, 7), (fused_kv, 3)])
+@pytest.mark.parametrize(("module", "launches"), [(fused, 8), (fused_kv, 3)])
 def test_no_launch_goes_another_way(module, launches):
     """One that did would launch on fake tensors."""
     source = Path(module.__file__).read_text()

@@ -22,12 +22,18 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def _signs(index, SEED: tl.constexpr):
-    """`hq_inductor.format.hadamard.rht_signs` of positions within a block: 1.0 or -1.0."""
+def sign_hash(index, SEED: tl.constexpr):
+    """Bits of which the lowest is set where `hq_inductor.format.hadamard.rht_signs` is negative."""
     h = index.to(tl.uint32) * 0x9E3779B1 + ((SEED * 0x85EBCA77 + 0x165667B1) & 0xFFFFFFFF)
     h = (h ^ (h >> 16)) * 0x85EBCA6B
     h = (h ^ (h >> 13)) * 0xC2B2AE35
-    return 1.0 - 2.0 * ((h ^ (h >> 16)) & 1).to(tl.float32)
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def _signs(index, SEED: tl.constexpr):
+    """`hq_inductor.format.hadamard.rht_signs` of positions within a block: 1.0 or -1.0."""
+    return 1.0 - 2.0 * (sign_hash(index, SEED) & 1).to(tl.float32)
 
 
 @triton.jit
@@ -86,8 +92,8 @@ def _gelu_tanh(x):
 
 
 @triton.jit
-def load_activations(
-    x_ptr,
+def apply_prologue(
+    x,
     gate_ptr,
     norm_weight_ptr,
     norm_bias_ptr,
@@ -95,14 +101,13 @@ def load_activations(
     inverse_deviation,
     column,
     mask,
+    DTYPE: tl.constexpr,
     PROLOGUE: tl.constexpr,
     ADD_ONE: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """Columns of a row after the prologue, fp32; zeros where masked out."""
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    x = tl.load(x_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    """`x`, fp32 columns of a row of `DTYPE`, after the prologue, fp32; zeros where masked out."""
     if PROLOGUE == "silu_mul" or PROLOGUE == "gelu_mul" or PROLOGUE == "gelu_tanh_mul":
         gate = tl.load(gate_ptr + column, mask=mask, other=0.0).to(tl.float32)
         if PROLOGUE == "silu_mul":
@@ -125,6 +130,39 @@ def load_activations(
             x = x + tl.load(norm_bias_ptr + column, mask=mask, other=0.0).to(tl.float32)
         x = tl.where(mask, x.to(DTYPE).to(tl.float32), 0.0)
     return x
+
+
+@triton.jit
+def load_activations(
+    x_ptr,
+    gate_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    mean,
+    inverse_deviation,
+    column,
+    mask,
+    PROLOGUE: tl.constexpr,
+    ADD_ONE: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """Columns of a row after the prologue, fp32; zeros where masked out."""
+    return apply_prologue(
+        tl.load(x_ptr + column, mask=mask, other=0.0).to(tl.float32),
+        gate_ptr,
+        norm_weight_ptr,
+        norm_bias_ptr,
+        mean,
+        inverse_deviation,
+        column,
+        mask,
+        x_ptr.dtype.element_ty,
+        PROLOGUE,
+        ADD_ONE,
+        HAS_WEIGHT,
+        HAS_BIAS,
+    )
 
 
 @triton.jit

@@ -5,6 +5,8 @@ tests.ops.kernels.interpreted"""
 
 from __future__ import annotations
 
+from unittest import mock
+
 import torch
 import triton
 
@@ -13,6 +15,7 @@ from hq_inductor.format.hadamard import hadamard_block, hadamard_ref
 from hq_inductor.format.lattice import embed
 from hq_inductor.format.layout import TileLayout
 from hq_inductor.format.mma import E4M3_MAX, fp8_scale
+from hq_inductor.ops import fused
 from hq_inductor.ops.fused import decode, int8_linear, int8_matmul, rotate, rotate_quantize
 from hq_inductor.ops.launch import LinearLaunch, MatmulLaunch, RingLaunch
 
@@ -62,17 +65,24 @@ def check_case(lattice: str, bps: float, rows: int, columns: int, tile: int | No
 
     padded = -(-batch // launch.columns) * launch.columns
     ring = launch.columns if isinstance(launch, RingLaunch) else 0
-    q, scale, counters = rotate_quantize(x, pre_scale, layout, tiles, 3, padded, 5, ring=ring)
-    assert (counters == 0).all()
     rotated = hadamard_ref(x.double() * (1 if pre_scale is None else pre_scale.double()), hadamard_block(layout.tile), 3)
-    plain, _ = rotate(x, pre_scale, layout, tiles, 3, torch.float32)
-    torch.testing.assert_close(plain.double(), rotated, rtol=1e-5, atol=1e-5)
-    if lattice == "a2":
-        rotated *= embed(torch.ones(1, columns, dtype=torch.int8), "a2", torch.float64)
-    found = unpack(q, scale, layout.tile, ring > 0)
-    step = scale.double().t().repeat_interleave(layout.tile, 1)
-    assert ((found[:batch] - rotated).abs() <= (0.5 + 1e-4) * step[:batch] + 1e-5).all()
-    assert (found[batch:] == 0).all()
+    embedded = rotated * embed(torch.ones(1, columns, dtype=torch.int8), "a2", torch.float64) if lattice == "a2" else rotated
+    # whole rows at a time, then tiles, as few of them are
+    for many in (True, False):
+        with mock.patch.object(fused, "many_coefficients", lambda *shape, many=many: many):
+            q, scale, counters = rotate_quantize(x, pre_scale, layout, tiles, 3, padded, 5, ring=ring)
+            plain, _ = rotate(x, pre_scale, layout, tiles, 3, torch.float32)
+            plain_q, plain_scale = rotate(x, pre_scale, layout, tiles, 3, torch.int8)
+        assert (counters == 0).all()
+        torch.testing.assert_close(plain.double(), rotated, rtol=1e-5, atol=1e-5)
+        found = unpack(q, scale, layout.tile, ring > 0)
+        step = scale.double().t().repeat_interleave(layout.tile, 1)
+        torch.testing.assert_close(
+            scale[:, :batch].t().double(), embedded.unflatten(1, (tiles, -1)).abs().amax(-1) / 127, rtol=1e-5, atol=0
+        )
+        assert ((found[:batch] - embedded).abs() <= (0.5 + 1e-4) * step[:batch] + 1e-5).all()
+        assert (found[batch:] == 0).all() and (scale[:, batch:] == 0).all()
+        assert torch.equal(plain_q.double() * plain_scale.double().t().repeat_interleave(layout.tile, 1), found[:batch])
 
     codes, scales = ops.rice_decode(words, lattice, layout.tile, layout.code)
     exact = found[:batch] @ (codes.double() * scales.double().repeat_interleave(layout.tile, 1)).t() + bias.double()
@@ -81,10 +91,8 @@ def check_case(lattice: str, bps: float, rows: int, columns: int, tile: int | No
     error = (out.double() - exact).abs().max() / exact.abs().max()
     assert error <= torch.finfo(torch.float16).eps, error
 
-    q, scale = rotate(x, pre_scale, layout, tiles, 3, torch.int8)
-    assert torch.equal(q.double() * scale.double().t().repeat_interleave(layout.tile, 1), found[:batch])
     for splits in {1, min(2, tiles)}:
-        out = int8_matmul(q, scale, codes, scales, bias, torch.float16, MatmulLaunch(16, 16, 128, 1, 1, splits))
+        out = int8_matmul(plain_q, plain_scale, codes, scales, bias, torch.float16, MatmulLaunch(16, 16, 128, 1, 1, splits))
         assert (out.double() - exact).abs().max() / exact.abs().max() <= torch.finfo(torch.float16).eps
 
     # of fp8 only the scales: the interpreter of Triton 3.9 rounds 126 to 64

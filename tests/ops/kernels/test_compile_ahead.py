@@ -12,6 +12,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
+from hq_inductor.format.hadamard import hadamard_block  # noqa: E402
 from hq_inductor.format.rates import weight_layout  # noqa: E402
 from hq_inductor.ops.fused import stages_tiles  # noqa: E402
 from hq_inductor.ops.kernels.activations import fp8_scale_kernel, rotate_kernel, rotate_quantize_kernel, row_statistics_kernel  # noqa: E402
@@ -19,9 +20,10 @@ from hq_inductor.ops.kernels.decode import decode_kernel  # noqa: E402
 from hq_inductor.ops.kernels.linear import linear_kernel  # noqa: E402
 from hq_inductor.ops.kernels.linear_ring import ring_linear_kernel  # noqa: E402
 from hq_inductor.ops.kernels.matmul import int8_matmul_kernel  # noqa: E402
+from hq_inductor.ops.kernels.rotate_row import rotate_row_kernel  # noqa: E402
 from hq_inductor.ops.kernels.shared import row_bytes  # noqa: E402
 from hq_inductor.ops.kernels.warpgroup import ring_shape  # noqa: E402
-from hq_inductor.ops.launch import REGISTERS, TIGHT_REGISTERS, RingLaunch, linear_launch, matmul_launch, ring_warps  # noqa: E402
+from hq_inductor.ops.launch import REGISTERS, TIGHT_REGISTERS, RingLaunch, linear_launch, matmul_launch, ring_warps, row_launch  # noqa: E402
 from hq_inductor.ops.prologue import LAYER_NORMS, NORMS, PROLOGUES  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -203,6 +205,37 @@ def test_fp8_scale(prologue, tmp_path):
     scalars = dict.fromkeys(("in_features", "stride_xm", "stride_gm", "stride_norm", "period", "tiles"), "i32")
     sass, _, _ = compile_ahead(fp8_scale_kernel, {**pointers, **scalars}, constants, 90, 4, tmp_path)
     assert "LDL" not in sass and "STL" not in sass, "spilled registers"
+
+
+@pytest.mark.parametrize(
+    ("capability", "prologue", "tile", "tiles", "out", "ring"),
+    [
+        (90, "none", 512, 28, "fp8e4nv", None),
+        (90, "layer_norm_1p", 512, 8, "fp8e4nv", None),
+        (90, "gelu_mul", 5504, 2, "fp8e4nv", None),
+        (100, "rms_norm", 384, 9, "fp8e4nv", None),
+        (80, "rms_norm_cast", 512, 8, "bf16", None),
+        (90, "layer_norm", 1536, 3, "i8", None),
+        (100, "none", 512, 28, "i8", None),
+        (80, "silu_mul", 512, 28, "i8", 0),
+        (90, "none", 384, 9, "i8", 64),
+        (90, "rms_norm", 512, 28, "i8", 64),
+    ],
+)
+def test_rotate_row(capability, prologue, tile, tiles, out, ring, tmp_path):
+    shape = {"BLOCK": hadamard_block(tile), "PARTS": triton.next_power_of_2(tile // hadamard_block(tile))}
+    launch = row_launch(4096, tiles, *shape.values())
+    constants = {"TILES": launch.tiles, "TILE": tile, **shape, "SEED": 7, "HAS_SCALE": True, "LATTICE": "a2", "ALIGNED": True}
+    constants |= {"PDL": ring is not None and capability >= 90, "PLAIN": ring is None, "RING": ring or 0, "NUM_WARPS": launch.num_warps}
+    pointers = {**ACTIVATIONS, "pre_scale_ptr": "*bf16", "out_ptr": f"*{out}", "scale_ptr": "*fp32", "counter_ptr": "*i32"}
+    scalars = ("M", "M_PAD", "in_features", "stride_xm", "stride_gm", "stride_norm", "period", "tiles", "counters")
+    signature = {**pointers, **dict.fromkeys(scalars, "i32"), "eps": "fp32"}
+    constants |= prologue_constants(prologue)
+    sass, _, _ = compile_ahead(rotate_row_kernel, signature, constants, capability, launch.num_warps, tmp_path, GluonASTSource)
+    assert "LDL" not in sass and "STL" not in sass, "spilled registers"
+    assert "LDG.E.U16" not in sass and "LDG.E.128" in sass and "STG.E.128" in sass and "STG.E.U8" not in sass
+    # threads meet for sums over the row, not for the transform
+    assert sass.count("BAR.SYNC") <= 20
 
 
 @pytest.mark.parametrize("prologue", ["rms_norm", "layer_norm"])
