@@ -22,7 +22,7 @@ import triton
 from tqdm import tqdm
 
 from hq_inductor import HyperQuantTensor
-from hq_inductor.ops.fused import int8_linear
+from hq_inductor.ops.fused import fused_linear
 from hq_inductor.ops.kernels.shared import row_bytes
 from hq_inductor.ops.launch import (
     CLUSTER_SHARE,
@@ -163,7 +163,7 @@ def tune(rows: int, columns: int, batches: list[int], bps: float) -> tuple[Shape
         x = torch.randn(batch, columns, device="cuda", dtype=torch.bfloat16)
         times[batch] = {}
         for launch in launches_to_try(shape, batch, multiprocessors(x.device), ring_products(x.device)):
-            calls = [lambda w=w, launch=launch, x=x: int8_linear(x, w.qdata, None, None, layout, 0, launch) for w in weights]
+            calls = [lambda w=w, launch=launch, x=x: fused_linear(x, w.qdata, None, None, layout, 0, launch) for w in weights]
             times[batch][launch] = time_us(calls)
     return shape, times
 

@@ -103,8 +103,9 @@ def rotate_quantize(
     counters: int,
     prologue: Prologue = NO_PROLOGUE,
     ring: int = 0,
+    fp8: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rotated activations as int8.
+    """Rotated activations as the fused linear layer reads them.
 
     Args:
         x: `[M, in_features]`, last dimension contiguous.
@@ -113,14 +114,20 @@ def rotate_quantize(
         prologue: what happens to `x` first; its gate is `[M, in_features]`, weight and bias `[in_features]` or `[rows, in_features]`, where
             M is a multiple of rows and each is for M / rows in a row; last dimensions contiguous.
         ring: batch columns of a block whose activations come through a ring, or 0.
+        fp8: e4m3 instead of int8.
 
     Returns:
-        int8 of `rotated_shape` (`hq_inductor.ops.kernels.activations`), fp32 scales `[tiles, padded]`, int32 zeros.
+        int8 or e4m3 of `rotated_shape` (`hq_inductor.ops.kernels.activations`), fp32 scales `[tiles, padded]` or `[padded]`, int32 zeros.
+
+    Raises:
+        ValueError: rows are too long for e4m3.
     """
-    q = torch.empty(rotated_shape(layout, tiles, padded, ring), dtype=torch.int8, device=x.device)
-    scale = torch.empty((tiles, padded), dtype=torch.float32, device=x.device)
+    q = torch.empty(rotated_shape(layout, tiles, padded, ring), dtype=torch.float8_e4m3fn if fp8 else torch.int8, device=x.device)
+    scale = torch.empty(padded if fp8 else (tiles, padded), dtype=torch.float32, device=x.device)
     zeros = torch.empty(counters, dtype=torch.int32, device=x.device)
-    row = _row_launch(x.shape[0], tiles, layout) if many_coefficients(*x.shape) else None
+    row = _row_launch(x.shape[0], tiles, layout) if fp8 or many_coefficients(*x.shape) else None
+    if fp8 and row is None:
+        raise ValueError(f"rows of e4m3 must fit a program's registers, got {x.shape[1]} coefficients")
     if row is not None:
         _rotate_rows(x, act_pre_scale, q, scale, zeros, layout, tiles, padded, seed, prologue, row, ring)
         return q, scale, zeros
@@ -223,7 +230,6 @@ def rotate(
     seed: int,
     dtype: torch.dtype,
     prologue: Prologue = NO_PROLOGUE,
-    ring: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Rotated activations of large batches.
 
@@ -361,7 +367,7 @@ def _default_launch(x: torch.Tensor, counts: list[int], tiles: int, layout: Tile
     return stored or linear_launch(*shape, multiprocessors(x.device) if x.is_cuda else 1, stream_bytes, ring_products(x.device))
 
 
-def int8_linear(
+def fused_linear(
     x: torch.Tensor,
     qdata: torch.Tensor | Sequence[torch.Tensor],
     act_pre_scale: torch.Tensor | None,
@@ -399,6 +405,9 @@ def int8_linear(
     largest = max(weight.numel() for weight in weights)
     if largest >= 2**31 or (batch + 64) * tiles * layout.tile >= 2**31:
         raise ValueError(f"the kernel's offsets have 31 bits, got {largest} words and {batch} x {tiles * layout.tile} activations")
+    out = torch.empty((batch, rows), dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
     if launch is None:
         launch = _default_launch(x, counts, tiles, layout, fp8)
     if fp8 != (isinstance(launch, RingLaunch) and launch.fp8):
@@ -406,9 +415,6 @@ def int8_linear(
     stream_bytes = row_bytes(layout.stream_words) if x.is_cuda else 0
     if launch.num_warps > decode_warps(stream_bytes):
         raise ValueError(f"num_warps must be at most {decode_warps(stream_bytes)} for {layout}, got {launch.num_warps}")
-    out = torch.empty((batch, rows), dtype=x.dtype, device=x.device)
-    if out.numel() == 0:
-        return out
     columns = launch.columns
     padded = -(-batch // columns) * columns
     if isinstance(launch, RingLaunch):
@@ -424,11 +430,8 @@ def int8_linear(
         grid = (min(launch.blocks, panels * tiles if runs else panels), padded // columns)
         counters = panels * launch.num_warps * grid[1] if runs else 0
         shape = {"SHARING": max(1, launch.sharing), "RUNS": runs}
-    if fp8:
-        q, scale = rotated or rotate(x, act_pre_scale, layout, tiles, seed, torch.float8_e4m3fn, prologue, ring)
-        zeros = torch.zeros(counters, dtype=torch.int32, device=x.device)
-    elif rotated is None or rotated[0].shape != rotated_shape(layout, tiles, padded, ring):
-        q, scale, zeros = rotate_quantize(x, act_pre_scale, layout, tiles, seed, padded, counters, prologue, ring)
+    if rotated is None or rotated[0].shape != rotated_shape(layout, tiles, padded, ring):
+        q, scale, zeros = rotate_quantize(x, act_pre_scale, layout, tiles, seed, padded, counters, prologue, ring, fp8)
     else:
         (q, scale), zeros = rotated, torch.zeros(counters, dtype=torch.int32, device=x.device)
     partial = scale
@@ -523,8 +526,9 @@ def sibling_linear(
     seed: int,
     residual: torch.Tensor | None,
     prologue: Prologue,
+    fp8: bool = False,
 ) -> torch.Tensor:
-    """`int8_linear` for any number of siblings: `[M, sum N]`. Layouts agree in lattice and tile.
+    """`fused_linear` for any number of siblings: `[M, sum N]`. Layouts agree in lattice and tile.
 
     Neighbours of one layout share a launch; all share the rotation and quantization of `x`.
     """
@@ -536,18 +540,18 @@ def sibling_linear(
             groups.append([i])
     rotated = None
     if len(groups) > 1 and x.shape[0] > 0:
-        launch = _default_launch(x, [qdata[i].shape[0] for i in groups[0]], qdata[0].shape[1], layouts[0])
+        launch = _default_launch(x, [qdata[i].shape[0] for i in groups[0]], qdata[0].shape[1], layouts[0], fp8)
         columns = launch.columns
         padded = -(-x.shape[0] // columns) * columns
         ring = columns if isinstance(launch, RingLaunch) else 0
-        rotated = rotate_quantize(x, act_pre_scale, layouts[0], qdata[0].shape[1], seed, padded, 0, prologue, ring)[:2]
+        rotated = rotate_quantize(x, act_pre_scale, layouts[0], qdata[0].shape[1], seed, padded, 0, prologue, ring, fp8)[:2]
     outs = []
     for group in groups:
         biases = None
         if any(bias[i] is not None for i in group):
             biases = [x.new_zeros(qdata[i].shape[0]) if bias[i] is None else bias[i] for i in group]
         words = [qdata[i] for i in group]
-        outs.append(int8_linear(x, words, act_pre_scale, biases, layouts[group[0]], seed, None, residual, prologue, rotated))
+        outs.append(fused_linear(x, words, act_pre_scale, biases, layouts[group[0]], seed, None, residual, prologue, rotated, fp8))
     return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
 
 
@@ -627,3 +631,8 @@ def stages_tiles(layout: TileLayout) -> bool:
 def _aligned(layout: TileLayout) -> bool:
     """Whether raw and stream planes of all tiles start at 16 bytes."""
     return layout.words % 4 == 0 and layout.raw_words % 4 == 0
+
+
+def fp8_rows_fit(x: torch.Tensor, layout: TileLayout, tiles: int) -> bool:
+    """Whether `fused_linear` takes activations `[M, K]` as e4m3."""
+    return _row_launch(x.shape[0], tiles, layout) is not None

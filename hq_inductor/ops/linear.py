@@ -27,7 +27,7 @@ from ..format.lattice import embed
 from ..format.layout import TileLayout
 from ..format.mma import check_mma, round_operands
 from .decode import decode_words
-from .launch import FUSED_BATCH, LIBRARY_BATCH, fp8_products, fused_batch
+from .launch import FUSED_BATCH, LIBRARY_BATCH, RING_BATCH, fp8_products, fused_batch, ring_products
 from .prologue import NO_PROLOGUE, Prologue
 from .registry import LIBRARY, NAMESPACE, check_floating, check_qdata, register, traced
 
@@ -125,8 +125,17 @@ def rows_of(x: torch.Tensor) -> torch.Tensor:
 
 
 def takes_fused_kernel(mma: str, dtype: torch.dtype, batch: int, most: int = FUSED_BATCH) -> bool:
-    """Whether the fused CUDA kernel multiplies `batch` rows of activations; `most` from `fused_batch` of the device."""
+    """Whether the fused CUDA kernel multiplies `batch` rows of activations as int8; `most` from `fused_batch` of the device."""
     return batch <= most and (mma == "int8" or (mma == "auto" and dtype != torch.float32))
+
+
+def takes_fused_fp8(mma: str, x: torch.Tensor, layout: TileLayout, tiles: int) -> bool:
+    """Whether the fused CUDA kernel multiplies activations `[M, K]` as e4m3."""
+    if mma != "fp8" or x.dtype == torch.float32 or not 0 < x.shape[0] <= RING_BATCH or not ring_products(x.device):
+        return False
+    from .fused import fp8_rows_fit  # Triton is there on Linux only
+
+    return fp8_rows_fit(x, layout, tiles)
 
 
 def _rice_linear_cuda(
@@ -140,7 +149,7 @@ def _rice_linear_cuda(
     seed: int,
     mma: str = "auto",
 ) -> torch.Tensor:
-    from .fused import int8_linear  # Triton is there on Linux only, and takes its time to import
+    from .fused import fused_linear  # Triton is there on Linux only, and takes its time to import
 
     layout = check_qdata(qdata, lattice, tile, code)
     check_linear(x, qdata, act_pre_scale, layout, x.shape[-1])
@@ -149,8 +158,9 @@ def _rice_linear_cuda(
         return _rice_linear(x, qdata, act_pre_scale, bias, lattice, tile, code, seed, mma)
     qdata = qdata.contiguous()
     flat = rows_of(x)
-    if takes_fused_kernel(mma, x.dtype, flat.shape[0], fused_batch(x.device)):
-        out = int8_linear(flat, qdata, act_pre_scale, bias, layout, seed)
+    fp8 = takes_fused_fp8(mma, flat, layout, qdata.shape[1])
+    if fp8 or takes_fused_kernel(mma, x.dtype, flat.shape[0], fused_batch(x.device)):
+        out = fused_linear(flat, qdata, act_pre_scale, bias, layout, seed, fp8=fp8)
     else:
         out = library_linear(flat, [qdata], act_pre_scale, [bias], [layout], seed, mma)
     return out.view(*x.shape[:-1], qdata.shape[0])

@@ -17,7 +17,7 @@ import torch
 from ..format.layout import TileLayout
 from ..format.mma import check_mma
 from .launch import fused_batch
-from .linear import check_linear, library_linear, products, rotate_activations, rows_of, takes_fused_kernel
+from .linear import check_linear, library_linear, products, rotate_activations, rows_of, takes_fused_fp8, takes_fused_kernel
 from .prologue import Prologue
 from .registry import check_qdata, register
 
@@ -111,8 +111,9 @@ def _rice_linear_fused_cuda(
     before = Prologue(prologue, *(None if t is None else rows_of(t) for t in (gate, norm_weight, norm_bias)), eps)
     flat, qdata = rows_of(x), [q.contiguous() for q in qdata]
     added = None if residual is None else rows_of(residual)
-    if takes_fused_kernel(mma, x.dtype, flat.shape[0], fused_batch(x.device)):
-        out = sibling_linear(flat, qdata, act_pre_scale, bias, layouts, seed, added, before)
+    fp8 = takes_fused_fp8(mma, flat, layouts[0], qdata[0].shape[1])
+    if fp8 or takes_fused_kernel(mma, x.dtype, flat.shape[0], fused_batch(x.device)):
+        out = sibling_linear(flat, qdata, act_pre_scale, bias, layouts, seed, added, before, fp8)
     else:
         out = library_linear(flat, qdata, act_pre_scale, bias, layouts, seed, mma, before)
         if added is not None:

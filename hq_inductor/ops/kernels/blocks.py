@@ -194,6 +194,42 @@ def block_of_unit(unit, each, rest):
 
 
 @triton.jit
+def _sum_parts(
+    lane,
+    warp,
+    partial_ptr,
+    mask,
+    first_part,
+    other_parts,
+    parts,
+    stride,
+    BEGIN: tl.constexpr,
+    END: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    NUM_WARPS: tl.constexpr,
+):
+    """Sums of blocks BEGIN to END of all parts, of `meet_in_memory`."""
+    COUNT: tl.constexpr = 4 * (END - BEGIN)
+    # all loads of a round are under way together, as many as there are registers for
+    ROUND: tl.constexpr = 32 // COUNT if COUNT <= 16 else 2
+    totals = zeros_of(lane, COUNT)
+    for first in range(0, parts, ROUND):
+        loaded = ()
+        for s in tl.static_range(ROUND):
+            i = first + s
+            place_of = tl.where(i == 0, first_part, other_parts + stride * i)
+            for b in tl.static_range(BEGIN, END):
+                place = (place_of * NUM_WARPS + warp).to(tl.int64) * (128 * BLOCKS) + (128 * b + 4 * lane)
+                loaded = loaded + load_16_float(partial_ptr + place, mask & (i < parts))
+        for s in tl.static_range(ROUND):
+            summed = ()
+            for k in tl.static_range(COUNT):
+                summed = summed + (totals[k] + loaded[COUNT * s + k],)
+            totals = summed
+    return totals
+
+
+@triton.jit
 def meet_in_memory(
     totals,
     lane,
@@ -218,27 +254,22 @@ def meet_in_memory(
         place = (part * NUM_WARPS + warp).to(tl.int64) * (128 * BLOCKS) + (128 * b + 4 * lane)
         store_16(partial_ptr + place, totals[4 * b], totals[4 * b + 1], totals[4 * b + 2], totals[4 * b + 3])
     last = count_in(counter_ptr + counter, lane, NUM_WARPS) == parts - 1
-    # all loads of a round are under way together, as many as there are registers for
-    COLUMNS: tl.constexpr = BLOCKS if BLOCKS <= 8 else 8
-    ROUND: tl.constexpr = 8 // BLOCKS if BLOCKS <= 4 else 2
     met = ()
-    for begin in tl.static_range(0, BLOCKS, COLUMNS):
-        END: tl.constexpr = BLOCKS if begin + COLUMNS > BLOCKS else begin + COLUMNS
-        some = zeros_of(lane, 4 * (END - begin))
-        for first in range(0, parts, ROUND):
-            loaded = ()
-            for s in tl.static_range(ROUND):
-                i = first + s
-                place_of = tl.where(i == 0, first_part, other_parts + stride * i)
-                for b in tl.static_range(begin, END):
-                    place = (place_of * NUM_WARPS + warp).to(tl.int64) * (128 * BLOCKS) + (128 * b + 4 * lane)
-                    loaded = loaded + load_16_float(partial_ptr + place, last & (i < parts))
-            for s in tl.static_range(ROUND):
-                summed = ()
-                for k in tl.static_range(4 * (END - begin)):
-                    summed = summed + (some[k] + loaded[4 * (END - begin) * s + k],)
-                some = summed
-        met = met + some
+    for begin in tl.static_range(0, BLOCKS, 8):
+        met = met + _sum_parts(
+            lane,
+            warp,
+            partial_ptr,
+            last,
+            first_part,
+            other_parts,
+            parts,
+            stride,
+            begin,
+            BLOCKS if begin + 8 > BLOCKS else begin + 8,
+            BLOCKS,
+            NUM_WARPS,
+        )
     return met, last
 
 

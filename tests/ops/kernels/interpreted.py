@@ -16,7 +16,7 @@ from hq_inductor.format.lattice import embed
 from hq_inductor.format.layout import TileLayout
 from hq_inductor.format.mma import E4M3_MAX, fp8_scale
 from hq_inductor.ops import fused
-from hq_inductor.ops.fused import decode, int8_linear, int8_matmul, rotate, rotate_quantize
+from hq_inductor.ops.fused import decode, fused_linear, int8_matmul, rotate, rotate_quantize
 from hq_inductor.ops.launch import LinearLaunch, MatmulLaunch, RingLaunch
 
 ops = torch.ops.hyperquant
@@ -86,7 +86,7 @@ def check_case(lattice: str, bps: float, rows: int, columns: int, tile: int | No
 
     codes, scales = ops.rice_decode(words, lattice, layout.tile, layout.code)
     exact = found[:batch] @ (codes.double() * scales.double().repeat_interleave(layout.tile, 1)).t() + bias.double()
-    out = int8_linear(x, words, pre_scale, bias, layout, 3, launch)
+    out = fused_linear(x, words, pre_scale, bias, layout, 3, launch)
     assert out.shape == (batch, rows)
     error = (out.double() - exact).abs().max() / exact.abs().max()
     assert error <= torch.finfo(torch.float16).eps, error
@@ -119,8 +119,8 @@ def check_siblings(counts: tuple[int, ...], blocks: int, with_bias: bool) -> Non
     residual = torch.randn(3, sum(counts) + 5).to(torch.bfloat16)[:, : sum(counts)]
     launch = LinearLaunch(8, blocks, 2, 2 if blocks != 4 else 0)
     words = [weight.qdata for weight in weights]
-    alone = [int8_linear(x.float(), w, None, b, layout, 0, launch) for w, b in zip(words, biases or [None] * len(words), strict=True)]
-    found = int8_linear(x.float(), words, None, biases, layout, 0, launch, residual)
+    alone = [fused_linear(x.float(), w, None, b, layout, 0, launch) for w, b in zip(words, biases or [None] * len(words), strict=True)]
+    found = fused_linear(x.float(), words, None, biases, layout, 0, launch, residual)
     torch.testing.assert_close(found, torch.cat(alone, 1) + residual.float(), rtol=1e-5, atol=1e-5)
     print("ok siblings", counts)
 
