@@ -10,7 +10,9 @@ import torch
 import triton
 
 from hq_inductor import HyperQuantTensor
+from hq_inductor.format.codes import codes_layout
 from hq_inductor.format.hadamard import hadamard_block, hadamard_ref
+from hq_inductor.format.lattice import embed
 from hq_inductor.format.layout import TileLayout
 from hq_inductor.format.mma import E4M3_MAX, fp8_scale
 from hq_inductor.format.rates import weight_layout
@@ -74,6 +76,24 @@ def check_fp8(found: torch.Tensor, scale: torch.Tensor, expected: torch.Tensor, 
     assert found.shape == exact.shape and (off[stays] <= 0).all()
 
 
+def check_rows(tile: int, tiles: int, features: int) -> None:
+    """Whole rows of tiles of any shape, of elements whose squares overflow or vanish."""
+    layout = codes_layout("a2", tile)
+    for magnitude in (1.0, 1e25, 1e-25):
+        x = torch.randn(2, features) * magnitude
+        x[1, : features // 2] = 0
+        padded = torch.nn.functional.pad(x.double(), (0, tiles * tile - features))
+        expected = hadamard_ref(padded, hadamard_block(tile), 3)
+        check_fp8(*rotate(x, None, layout, tiles, 3, torch.float8_e4m3fn), expected, tile, 1e-6 * expected.abs().max().item())
+        with mock.patch.object(fused, "many_coefficients", return_value=True):
+            q, scale = rotate(x, None, layout, tiles, 3, torch.int8)
+        expected *= embed(torch.ones(1, tiles * tile, dtype=torch.int8), "a2", torch.float64)
+        step = scale.double().t().repeat_interleave(tile, 1)
+        assert ((q * step - expected).abs() <= 0.501 * step).all()
+        assert ((q == 0) | (step > 0)).all() and (step[1] == 0).sum() == tile * (features // 2 // tile)
+    print("ok rows", tile)
+
+
 def check_siblings() -> None:
     """The whole layer for siblings of two rates, with a norm before: one rotation, two launches."""
     x, prologue = make("rms_norm", 384, torch.float32, 3)
@@ -103,6 +123,8 @@ def main() -> None:
     for name in ("layer_norm", "silu_mul"):
         check(name, LONG, torch.float16)
         print("ok long", name)
+    for shape in ((128, 3, 300), (384, 7, 2688), (512, 5, 2500), (1536, 2, 2999), (1024, 2, 2048), (1408, 3, 4224)):
+        check_rows(*shape)
     check_siblings()
     print("ok siblings")
 

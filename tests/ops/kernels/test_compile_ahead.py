@@ -212,7 +212,7 @@ def test_fp8_scale(prologue, tmp_path):
     [
         (90, "none", 512, 28, "fp8e4nv", None),
         (90, "layer_norm_1p", 512, 8, "fp8e4nv", None),
-        (90, "gelu_mul", 5504, 2, "fp8e4nv", None),
+        (90, "gelu_mul", 1408, 8, "fp8e4nv", None),
         (100, "rms_norm", 384, 9, "fp8e4nv", None),
         (80, "rms_norm_cast", 512, 8, "bf16", None),
         (90, "layer_norm", 1536, 3, "i8", None),
