@@ -4,12 +4,12 @@ Definition.  As of `hq_inductor.ops.kernels.activations`, values and storage.
 Invariants.  A program has a row in registers, all tiles of it, as `[BLOCKS, BLOCK]` with both padded to powers of two; a warp has whole
              blocks. A turn of the transform adds and subtracts coefficients whose numbers differ in a bit that is in a thread's registers;
              between turns, lanes of a warp exchange. No bit is due twice.
-Why.         The scale of e4m3 and a norm's statistics are not known before the end of a row is: with a program per tile, a row is read twice.
+Why.         The scale of e4m3 and a norm's statistics are not known before the end of a row is: program by tile, a row is read twice.
              And of many rows it is instructions that take the time. Triton, left alone, exchanges for one bit after the other; with layouts
              of our own (Gluon) 512 coefficients are exchanged once, and once more as bytes, for stores of 16 bytes. A thread has the same
              columns of several blocks, whose signs it computes once.
-Cost.        23 instructions per coefficient of bf16 without a prologue where a thread has 64; 57 tile by tile, and 40 more for the scale of
-             e4m3 (counted in SASS, Triton 3.6, sm_90).
+Cost.        23 instructions per coefficient of bf16 without a prologue where a thread has 64. Tile by tile 57 for int8; for e4m3 38, and 10
+             more for its scale (counted in SASS, Triton 3.6, sm_90).
 """
 
 from __future__ import annotations
