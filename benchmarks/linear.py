@@ -25,6 +25,7 @@ from hq_inductor import HyperQuantTensor
 from hq_inductor.ops.fused import int8_linear
 from hq_inductor.ops.kernels.shared import row_bytes
 from hq_inductor.ops.launch import (
+    CLUSTER_SHARE,
     REGISTERS,
     RING_REGISTERS,
     TIGHT_REGISTERS,
@@ -145,7 +146,10 @@ def launches_to_try(shape: Shape, batch: int, processors: int, ring: bool) -> li
     if ring:
         columns = next((c for c in RING_REGISTERS if batch <= c), max(RING_REGISTERS))
         splits = sorted({1, 2, 3, 4, max(1, shape.tiles // 4), max(1, shape.tiles // 2), shape.tiles} & set(range(1, shape.tiles + 1)))
-        launches += [RingLaunch(columns, s, n, RING_REGISTERS[columns]) for s in splits for n in (4, 8) if n <= warps]
+        ways = [(parts, False) for parts in splits] + [(parts, True) for parts in CLUSTER_SHARE if 1 < parts <= shape.tiles]
+        launches += [
+            RingLaunch(columns, parts, n, RING_REGISTERS[columns], cluster) for parts, cluster in ways for n in (4, 8) if n <= warps
+        ]
     return list(dict.fromkeys(launches))
 
 

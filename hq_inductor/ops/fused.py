@@ -29,6 +29,7 @@ from .launch import (
     decode_blocks,
     decode_warps,
     dependent_launch,
+    fp8_launch,
     linear_launch,
     many_coefficients,
     matmul_launch,
@@ -227,6 +228,7 @@ def rotate(
     seed: int,
     dtype: torch.dtype,
     prologue: Prologue = NO_PROLOGUE,
+    ring: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Rotated activations of large batches.
 
@@ -355,9 +357,11 @@ def int8_matmul(
 MAX_SIBLINGS = 4
 
 
-def _default_launch(x: torch.Tensor, counts: list[int], tiles: int, layout: TileLayout) -> LinearLaunch | RingLaunch:
+def _default_launch(x: torch.Tensor, counts: list[int], tiles: int, layout: TileLayout, fp8: bool = False) -> LinearLaunch | RingLaunch:
     shape = (x.shape[0], sum(counts), tiles)
     stream_bytes = row_bytes(layout.stream_words)
+    if fp8:
+        return fp8_launch(*shape, multiprocessors(x.device) if x.is_cuda else 1, stream_bytes)
     stored = stored_launch(*shape, stream_bytes, x.device) if x.is_cuda else None
     return stored or linear_launch(*shape, multiprocessors(x.device) if x.is_cuda else 1, stream_bytes, ring_products(x.device))
 
@@ -373,6 +377,7 @@ def int8_linear(
     residual: torch.Tensor | None = None,
     prologue: Prologue = NO_PROLOGUE,
     rotated: tuple[torch.Tensor, torch.Tensor] | None = None,
+    fp8: bool = False,
 ) -> torch.Tensor:
     """The fused linear layer: two kernels.
 
@@ -384,6 +389,7 @@ def int8_linear(
         residual: `[M, N]`, last dimension contiguous, added to the result before it is rounded.
         prologue: what happens to `x` first.
         rotated: what `rotate_quantize` made of `x`, where it is there already; made here if it is None or padded otherwise.
+        fp8: products of e4m3 with a scale per row, as `rotate` and `decode` make them, instead of int8; sm_90.
 
     Returns:
         `[M, N]` in the dtype of `x`; for siblings their rows one after the other.
@@ -399,7 +405,9 @@ def int8_linear(
     if largest >= 2**31 or (batch + 64) * tiles * layout.tile >= 2**31:
         raise ValueError(f"the kernel's offsets have 31 bits, got {largest} words and {batch} x {tiles * layout.tile} activations")
     if launch is None:
-        launch = _default_launch(x, counts, tiles, layout)
+        launch = _default_launch(x, counts, tiles, layout, fp8)
+    if fp8 != (isinstance(launch, RingLaunch) and launch.fp8):
+        raise ValueError(f"launch must be for the products asked for, fp8={fp8}, got {launch}")
     stream_bytes = row_bytes(layout.stream_words) if x.is_cuda else 0
     if launch.num_warps > decode_warps(stream_bytes):
         raise ValueError(f"num_warps must be at most {decode_warps(stream_bytes)} for {layout}, got {launch.num_warps}")
@@ -409,10 +417,11 @@ def int8_linear(
     columns = launch.columns
     padded = -(-batch // columns) * columns
     if isinstance(launch, RingLaunch):
-        kernel = ring_linear_kernel
-        grid = (sum(-(-n // (WARP_ROWS * launch.num_warps)) for n in counts), launch.splits, padded // columns)
-        counters, ring = grid[0] * launch.num_warps * grid[2] if launch.splits > 1 else 0, columns
-        shape = _ring_arguments(launch, layout, stream_bytes, x.is_cuda)
+        kernel, ring = ring_linear_kernel, columns
+        splits = 1 if launch.cluster else launch.splits
+        grid = (sum(-(-n // (WARP_ROWS * launch.num_warps)) for n in counts), splits, padded // columns)
+        counters = grid[0] * launch.num_warps * grid[2] if splits > 1 else 0
+        shape = _ring_arguments(launch, layout, stream_bytes, counts, out, residual)
     else:
         kernel, ring = linear_kernel, 0
         panels = sum(-(-n // launch.panel_rows) for n in counts)
@@ -420,13 +429,16 @@ def int8_linear(
         grid = (min(launch.blocks, panels * tiles if runs else panels), padded // columns)
         counters = panels * launch.num_warps * grid[1] if runs else 0
         shape = {"SHARING": max(1, launch.sharing), "RUNS": runs}
-    if rotated is None or rotated[0].shape != rotated_shape(layout, tiles, padded, ring):
+    if fp8:
+        q, scale = rotated or rotate(x, act_pre_scale, layout, tiles, seed, torch.float8_e4m3fn, prologue, ring)
+        zeros = torch.zeros(counters, dtype=torch.int32, device=x.device)
+    elif rotated is None or rotated[0].shape != rotated_shape(layout, tiles, padded, ring):
         q, scale, zeros = rotate_quantize(x, act_pre_scale, layout, tiles, seed, padded, counters, prologue, ring)
     else:
         (q, scale), zeros = rotated, torch.zeros(counters, dtype=torch.int32, device=x.device)
     partial = scale
     if counters:
-        places = launch.splits * grid[0] * grid[2] if ring else 2 * grid[0] * grid[1]
+        places = splits * grid[0] * grid[2] if ring else 2 * grid[0] * grid[1]
         partial = torch.empty((places, launch.num_warps, WARP_ROWS * columns), dtype=torch.float32, device=x.device)
     pdl = dependent_launch(x.device)
     has_bias = biases[0] is not None
@@ -481,12 +493,30 @@ def int8_linear(
     return out
 
 
-def _ring_arguments(launch: RingLaunch, layout: TileLayout, stream_bytes: int, cuda: bool) -> dict:
+def _ring_arguments(
+    launch: RingLaunch, layout: TileLayout, stream_bytes: int, counts: list[int], out: torch.Tensor, residual: torch.Tensor | None
+) -> dict:
     """Compile-time arguments of a ring."""
     blocks = max(1, ring_warps(launch.columns) // launch.num_warps)
-    stageable = cuda and stages_tiles(layout)
-    steps, stages, staged, kilobytes = ring_shape(launch.columns, launch.num_warps, blocks, layout.words, stream_bytes, stageable)
-    return {"SPLIT": launch.splits > 1, "STEPS": steps, "STAGES": stages, "STAGED": staged, "SHARED_KB": kilobytes}
+    stageable = out.is_cuda and stages_tiles(layout)
+    steps, stages, staged, kilobytes = ring_shape(
+        launch.columns, launch.num_warps, blocks, layout.words, stream_bytes, stageable, launch.fp8
+    )
+    vector = all(n % 4 == 0 for n in counts) and (residual is None or (residual.stride(0) % 4 == 0 and ahead.is_aligned(residual)))
+    # the interpreter has no clusters
+    parts = launch.splits if launch.cluster and out.is_cuda else 1
+    return {
+        "FP8": launch.fp8,
+        "LARGEST": layout.largest_value,
+        "SPLIT": launch.splits > 1 and not launch.cluster,
+        "PARTS": parts,
+        "VECTOR": vector,
+        "STEPS": steps,
+        "STAGES": stages,
+        "STAGED": staged,
+        "SHARED_KB": kilobytes,
+        **({"num_ctas": parts} if parts > 1 else {}),
+    }
 
 
 def sibling_linear(
@@ -587,6 +617,8 @@ def decode(
         NUM_WARPS=num_warps,
         num_warps=num_warps,
         num_stages=1,
+        # two blocks on a multiprocessor
+        maxnreg=65536 // (2 * 32 * num_warps) if num_warps == 8 else 255,
     )
     return out, scale
 

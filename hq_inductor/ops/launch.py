@@ -17,6 +17,15 @@ LIBRARY_BATCH = 2048
 REGISTERS = {8: 128, 16: 128, 32: 128}
 # the same with a ring; left alone the compiler takes 180 and 230, which a multiprocessor has for 8 warps
 RING_REGISTERS = {64: 128, 96: 0, 128: 0}
+# the same for e4m3, whose sums take one register each
+FP8_REGISTERS = {16: 128, 32: 128, 64: 128, 128: 0, 256: 0}
+# blocks of a cluster, and the share of a device's slots that clusters of so many find room in (H200: 264 of 264, 248, 240)
+CLUSTER_SHARE = {1: 1.0, 2: 1.0, 4: 0.94, 8: 0.91}
+# of the kernel with a ring, in microseconds on an H200: a tile, by columns; a block's start and end; parts that meet in global memory; each
+# block that another one of its cluster meets
+RING_TILE = {64: 6.0, 96: 3.9, 128: 3.9}
+FP8_TILE = {16: 5.0, 32: 5.2, 64: 6.0, 128: 4.5, 256: 5.6}
+RING_START, MEMORY_MEETING, CLUSTER_MEETING = 5.0, 5.5, 0.2
 # three of them, and how much longer a tile takes then
 TIGHT_REGISTERS = 80
 TIGHT_TURN = 1.45
@@ -77,19 +86,23 @@ class RingLaunch:
         splits: parts that the tiles of a row are cut into, for more blocks.
         num_warps: warps per block, each with 16 rows: 4 or 8.
         registers: most registers per thread, or 0 for what the compiler likes.
+        cluster: parts meet in the shared memory of a cluster of blocks, which there are 1, 2, 4 or 8 of, else in global memory.
+        fp8: products of e4m3 instead of int8. Up to 256 columns then, else 128.
     """
 
     columns: int
     splits: int
     num_warps: int
     registers: int = 0
+    cluster: bool = False
+    fp8: bool = False
 
     def __post_init__(self) -> None:
-        _check_columns(self.columns, 128)
+        _check_columns(self.columns, 256 if self.fp8 else 128)
         if self.num_warps not in (4, 8) or (self.columns % 16 and self.columns != MMA_COLUMNS):
             raise ValueError(f"a ring takes 4 or 8 warps and 8 columns or a multiple of 16, got {self.num_warps} and {self.columns}")
-        if self.splits < 1:
-            raise ValueError(f"splits must be at least 1, got {self.splits}")
+        if self.splits < 1 or (self.cluster and self.splits not in CLUSTER_SHARE):
+            raise ValueError(f"splits must be at least 1, and 1, 2, 4 or 8 for a cluster, got {self.splits}")
 
 
 def _check_columns(columns: int, most: int) -> None:
@@ -159,6 +172,22 @@ def even_parts(tiles: int, parts: int) -> int:
     return -(-tiles // -(-tiles // parts))
 
 
+def ring_parts(tiles: int, blocks: int, slots: int, tile: float) -> tuple[int, bool]:
+    """Parts that the tiles of a row are split into, and whether they meet in a cluster: what takes the least time.
+
+    `blocks`: without parts; `slots`: blocks that a device has room for; `tile`: microseconds.
+    """
+
+    def time(option: tuple[int, bool]) -> float:
+        parts, cluster = option
+        rounds = -(-blocks * parts // int(slots * (CLUSTER_SHARE[parts] if cluster else 1)))
+        meeting = CLUSTER_MEETING * parts if cluster else MEMORY_MEETING if parts > 1 else 0.0
+        return rounds * (RING_START + -(-tiles // parts) * tile) + meeting
+
+    options = [(1, False), (even_parts(tiles, slots // blocks), False), *((parts, True) for parts in (2, 4, 8) if parts <= tiles)]
+    return min(options, key=time)
+
+
 @functools.lru_cache(maxsize=4096)
 def matmul_launch(batch: int, rows: int, tiles: int, processors: int, warpgroups: bool) -> MatmulLaunch:
     """Launch of the int8 product; `warpgroups`: the device multiplies by groups of four warps, from shared memory (sm_90 and newer).
@@ -184,11 +213,7 @@ def linear_launch(batch: int, rows: int, tiles: int, processors: int, row_bytes:
     2026-11-24, eight shapes, 1 to 32 rows, all ways to deal, as `benchmarks/linear.py --tune` does). The ring pays from 33 columns up.
     """
     if ring and batch > max(REGISTERS):
-        columns = next((c for c in RING_REGISTERS if batch <= c), max(RING_REGISTERS))
-        num_warps = decode_warps(row_bytes) if columns == min(RING_REGISTERS) else 4
-        blocks = -(-rows // (WARP_ROWS * num_warps)) * -(-batch // columns)
-        slots = processors * ring_warps(columns) // num_warps
-        return RingLaunch(columns, even_parts(tiles, slots // blocks), num_warps, RING_REGISTERS[columns])
+        return _ring_launch(batch, rows, tiles, processors, row_bytes, False)
     columns = next((c for c in REGISTERS if batch <= c), max(REGISTERS))
     num_warps = decode_warps(row_bytes)
     slots = max(1, 2 * processors * (8 // num_warps) // -(-batch // columns))
@@ -203,6 +228,24 @@ def linear_launch(batch: int, rows: int, tiles: int, processors: int, row_bytes:
         if tight_turns * TIGHT_TURN < turns:
             return LinearLaunch(columns, tight_blocks, num_warps, tight_sharing, TIGHT_REGISTERS)
     return LinearLaunch(columns, blocks, num_warps, sharing, REGISTERS[columns])
+
+
+def _ring_launch(batch: int, rows: int, tiles: int, processors: int, row_bytes: int, fp8: bool) -> RingLaunch:
+    registers, tile = (FP8_REGISTERS, FP8_TILE) if fp8 else (RING_REGISTERS, RING_TILE)
+    columns = next((c for c in registers if batch <= c), max(registers))
+    num_warps = decode_warps(row_bytes) if columns <= 64 or columns == 256 else 4
+    blocks = -(-rows // (WARP_ROWS * num_warps)) * -(-batch // columns)
+    splits, cluster = ring_parts(tiles, blocks, processors * ring_warps(columns) // num_warps, tile[columns])
+    if cluster and columns == 64:
+        # small blocks find places more evenly
+        num_warps = 4
+    return RingLaunch(columns, splits, num_warps, registers[columns], cluster, fp8)
+
+
+@functools.lru_cache(maxsize=4096)
+def fp8_launch(batch: int, rows: int, tiles: int, processors: int, row_bytes: int) -> RingLaunch:
+    """As `linear_launch`, for products of e4m3, which only the kernel with a ring has."""
+    return _ring_launch(batch, rows, tiles, processors, row_bytes, True)
 
 
 def _deal(rows: int, tiles: int, num_warps: int, slots: int) -> tuple[float, int, int]:

@@ -166,7 +166,8 @@ def check_launch(shape: Shape, launch: LinearLaunch | RingLaunch, ring: bool) ->
         if launch.splits > shape.tiles:
             raise ValueError(f"splits must be at most the {shape.tiles} tiles, got {launch.splits}")
         # tiles are staged only where there is room; without them is what must fit
-        ring_shape(launch.columns, launch.num_warps, max(1, ring_warps(launch.columns) // launch.num_warps), 0, shape.row_bytes, False)
+        blocks = max(1, ring_warps(launch.columns) // launch.num_warps)
+        ring_shape(launch.columns, launch.num_warps, blocks, 0, shape.row_bytes, False, launch.fp8)
         return
     taken = TABLE_BYTES.value + launch.num_warps * buffer_bytes(shape.row_bytes) + sums_bytes(launch.columns, launch.num_warps)
     if taken > SHARED_BYTES.value:

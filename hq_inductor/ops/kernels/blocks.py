@@ -10,9 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .bits import INTERPRETED
+from .bits import INTERPRETED, shift_right
 from .memory import load_16, load_16_float, load_global, store_16, store_global
-from .shared import commit_copies, copy_async, load_shared_16
+from .shared import ROW_GAP, commit_copies, copy_async, load_shared_16
+from .warp import largest_of_quad
 
 if INTERPRETED:
 
@@ -54,25 +55,52 @@ def tile_offset(strip, row, t, N, tiles, WORDS: tl.constexpr):
 
 
 @triton.jit
+def _scale_of(code):
+    return ((code + (127 - 40) * 64) << 17).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def row_divisors(words_ptr, strip, r, j, N, tiles, WORDS: tl.constexpr, RAW: tl.constexpr, LARGEST: tl.constexpr):
+    """Of rows r and r + 8 of a strip, what brings the largest value that their tiles can hold to the largest of e4m3.
+
+    From the headers of the tiles, of which the four threads of a row share the work. All loads of a round are under way together.
+    """
+    largest_u = j * 0
+    largest_v = j * 0
+    for first in range(0, tiles, 16):
+        headers_u = ()
+        headers_v = ()
+        for i in tl.static_range(4):
+            t = first + 4 * i + j
+            headers_u = headers_u + (load_global(words_ptr + tile_offset(strip, r, t, N, tiles, WORDS) + RAW),)
+            headers_v = headers_v + (load_global(words_ptr + tile_offset(strip, r + 8, t, N, tiles, WORDS) + RAW),)
+        for i in tl.static_range(4):
+            largest_u = tl.maximum(largest_u, shift_right(headers_u[i], 20))
+            largest_v = tl.maximum(largest_v, shift_right(headers_v[i], 20))
+    share: tl.constexpr = LARGEST / 448.0
+    return _scale_of(largest_of_quad(largest_u)) * share, _scale_of(largest_of_quad(largest_v)) * share
+
+
+@triton.jit
 def stage_stream(
     words_ptr, strip, t, N, tiles, lane, address, RAW: tl.constexpr, WORDS: tl.constexpr, ROW_BYTES: tl.constexpr, ALIGNED: tl.constexpr
 ):
     """Start copying the stream planes of 16 rows' tile `t` to a buffer."""
     STREAM: tl.constexpr = WORDS - RAW
     if ALIGNED:
-        CHUNKS: tl.constexpr = STREAM // 2
+        CHUNKS: tl.constexpr = STREAM // 4
         for step in tl.static_range(0, (16 * CHUNKS + 31) // 32):
             index = step * 32 + lane
             # past the last row: the same bytes again
             row = tl.minimum(index // CHUNKS, 15)
-            offset = 8 * (index % CHUNKS)
+            offset = 16 * (index % CHUNKS)
             source = words_ptr + tile_offset(strip, row, t, N, tiles, WORDS) + (RAW + offset // 4)
-            copy_async(address + row * (ROW_BYTES + 8) + offset, source, 8)
+            copy_async(address + row * (ROW_BYTES + ROW_GAP) + offset, source, 16)
     else:
         word = tl.minimum(lane, STREAM - 1)
         for row in tl.static_range(0, 16):
             source = words_ptr + tile_offset(strip, row, t, N, tiles, WORDS) + (RAW + word)
-            copy_async(address + row * (ROW_BYTES + 8) + 4 * word, source, 4)
+            copy_async(address + row * (ROW_BYTES + ROW_GAP) + 4 * word, source, 4)
     commit_copies(lane)
 
 
@@ -190,23 +218,28 @@ def meet_in_memory(
         place = (part * NUM_WARPS + warp).to(tl.int64) * (128 * BLOCKS) + (128 * b + 4 * lane)
         store_16(partial_ptr + place, totals[4 * b], totals[4 * b + 1], totals[4 * b + 2], totals[4 * b + 3])
     last = count_in(counter_ptr + counter, lane, NUM_WARPS) == parts - 1
-    # all loads of a round are under way together
+    # all loads of a round are under way together, as many as there are registers for
+    COLUMNS: tl.constexpr = BLOCKS if BLOCKS <= 8 else 8
     ROUND: tl.constexpr = 8 // BLOCKS if BLOCKS <= 4 else 2
-    totals = zeros_of(lane, 4 * BLOCKS)
-    for first in range(0, parts, ROUND):
-        loaded = ()
-        for s in tl.static_range(ROUND):
-            i = first + s
-            place_of = tl.where(i == 0, first_part, other_parts + stride * i)
-            for b in tl.static_range(BLOCKS):
-                place = (place_of * NUM_WARPS + warp).to(tl.int64) * (128 * BLOCKS) + (128 * b + 4 * lane)
-                loaded = loaded + load_16_float(partial_ptr + place, last & (i < parts))
-        for s in tl.static_range(ROUND):
-            summed = ()
-            for k in tl.static_range(4 * BLOCKS):
-                summed = summed + (totals[k] + loaded[4 * BLOCKS * s + k],)
-            totals = summed
-    return totals, last
+    met = ()
+    for begin in tl.static_range(0, BLOCKS, COLUMNS):
+        END: tl.constexpr = BLOCKS if begin + COLUMNS > BLOCKS else begin + COLUMNS
+        some = zeros_of(lane, 4 * (END - begin))
+        for first in range(0, parts, ROUND):
+            loaded = ()
+            for s in tl.static_range(ROUND):
+                i = first + s
+                place_of = tl.where(i == 0, first_part, other_parts + stride * i)
+                for b in tl.static_range(begin, END):
+                    place = (place_of * NUM_WARPS + warp).to(tl.int64) * (128 * BLOCKS) + (128 * b + 4 * lane)
+                    loaded = loaded + load_16_float(partial_ptr + place, last & (i < parts))
+            for s in tl.static_range(ROUND):
+                summed = ()
+                for k in tl.static_range(4 * (END - begin)):
+                    summed = summed + (some[k] + loaded[4 * (END - begin) * s + k],)
+                some = summed
+        met = met + some
+    return met, last
 
 
 @triton.jit

@@ -13,10 +13,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .bits import INTERPRETED, shift_right
-from .blocks import first_unit, load_chunks, stage_stream, tile_offset
-from .shared import TABLE_BYTES, declare_shared, load_table, wait_copies
+from .bits import INTERPRETED
+from .blocks import first_unit, load_chunks, row_divisors, stage_stream, tile_offset
+from .shared import ROW_GAP, TABLE_BYTES, declare_shared, load_table, wait_copies
 from .tile import decode_vector, first_cursor, first_window, header_word, load_raw, next_quads, read_header, restore_signs
+from .warp import codes_to_e4m3, pack_halves
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -87,11 +88,6 @@ if INTERPRETED:
             words = words + (_pack(codes, odd, first, COUNT, LATTICE, DTYPE),)
         return words
 
-    @triton.jit
-    def _largest_of_quad(x):
-        quads = tl.reshape(x, [x.shape[0] // 4, 4])
-        return tl.reshape(tl.broadcast_to(tl.max(quads, 1)[:, None], quads.shape), x.shape)
-
 else:
 
     @triton.jit
@@ -125,31 +121,7 @@ else:
     def _four_values(codes, even, odd, LATTICE: tl.constexpr, DTYPE: tl.constexpr):
         """Values of four codes as bits of the words they take; `even` and `odd` are the scales of even and odd places."""
         if DTYPE.primitive_bitwidth == 8:
-            return (
-                tl.inline_asm_elementwise(
-                    """{
-                    .reg .b32 biased, large, low, high, scales; .reg .b16 p, q;
-                    mov.b32 large, 0x64646464;
-                    xor.b32 biased, $1, 0x80808080;
-                    prmt.b32 low, biased, large, 0x4140;
-                    prmt.b32 high, biased, large, 0x4342;
-                    cvt.rn.f16x2.f32 scales, $3, $2;
-                    mov.b32 large, 0x64806480;
-                    sub.rn.f16x2 low, low, large;
-                    sub.rn.f16x2 high, high, large;
-                    mul.rn.f16x2 low, low, scales;
-                    mul.rn.f16x2 high, high, scales;
-                    cvt.rn.satfinite.e4m3x2.f16x2 p, low;
-                    cvt.rn.satfinite.e4m3x2.f16x2 q, high;
-                    mov.b32 $0, {p, q};
-                    }""",
-                    "=r,r,f,f",
-                    [codes, even, odd],
-                    tl.int32,
-                    is_pure=True,
-                    pack=1,
-                ),
-            )
+            return (codes_to_e4m3(codes, pack_halves(even, odd, tl.float16)),)
         else:
             f0, f1, f2, f3 = _four_floats(codes, even, odd)
             if DTYPE == tl.float32:
@@ -165,24 +137,6 @@ else:
                     tl.inline_asm_elementwise(convert, "=r,f,f", [f0, f1], tl.int32, is_pure=True, pack=1),
                     tl.inline_asm_elementwise(convert, "=r,f,f", [f2, f3], tl.int32, is_pure=True, pack=1),
                 )
-
-    @triton.jit
-    def _largest_of_quad(x):
-        """Largest of four neighbouring threads' int32."""
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 other;
-            shfl.sync.bfly.b32 other, $1, 1, 31, 0xffffffff;
-            max.s32 $0, $1, other;
-            shfl.sync.bfly.b32 other, $0, 2, 31, 0xffffffff;
-            max.s32 $0, $0, other;
-            }""",
-            "=&r,r",
-            [x],
-            tl.int32,
-            is_pure=False,
-            pack=1,
-        )
 
 
 @triton.jit
@@ -201,21 +155,6 @@ def _store_vector(out_ptr, low, high, even, odd, mask, LATTICE: tl.constexpr, CO
         else:
             _store_16(out_ptr, first[0], first[1], first[2], first[3], mask)
             _store_16(out_ptr + 4, second[0], second[1], second[2], second[3], mask)
-
-
-@triton.jit
-def _row_scale(words_ptr, strip, row, j, N, tiles, WORDS: tl.constexpr, RAW: tl.constexpr, LARGEST: tl.constexpr):
-    """Scale of a row, from the headers of its tiles; the four threads of a row share the work."""
-    largest = j * 0
-    for t in range(0, tiles, 4):
-        header = tl.load(words_ptr + tile_offset(strip, row, t + j, N, tiles, WORDS) + RAW)
-        largest = tl.maximum(largest, shift_right(header, 20))
-    return _scale(_largest_of_quad(largest)) * (LARGEST / 448.0)
-
-
-@triton.jit
-def _scale(code):
-    return ((code + (127 - 40) * 64) << 17).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -284,7 +223,7 @@ def decode_kernel(
     CHUNKED: tl.constexpr = ALIGNED and LATTICE != "d4" and GROUPS <= 4 and K * GROUPS % 4 == 0
     FIRST: tl.constexpr = (K - 1) // 4 + 1
     # of a warp: two buffers, used in turns
-    BUFFER: tl.constexpr = 16 * (ROW_BYTES + 8)
+    BUFFER: tl.constexpr = 16 * (ROW_BYTES + ROW_GAP)
     thread = tl.arange(0, 32 * NUM_WARPS)
     lane = thread % 32
     warp = thread // 32
@@ -329,8 +268,7 @@ def decode_kernel(
         mask_v = row_v < N
         if ROW_SCALE:
             if (unit == begin) | (t == 0):
-                divisor_u = _row_scale(words_ptr, strip, r, j, N, tiles, WORDS, RAW, LARGEST)
-                divisor_v = _row_scale(words_ptr, strip, r + 8, j, N, tiles, WORDS, RAW, LARGEST)
+                divisor_u, divisor_v = row_divisors(words_ptr, strip, r, j, N, tiles, WORDS, RAW, LARGEST)
                 # every block that has tiles of a row writes the same
                 tl.store(row_scale_ptr + row_u, divisor_u, mask=mask_u & (j == 0))
                 tl.store(row_scale_ptr + row_v, divisor_v, mask=mask_v & (j == 0))
@@ -346,8 +284,8 @@ def decode_kernel(
         if ROW_BYTES > 0:
             wait_copies(lane)
             turn = (unit - begin) & 1
-            bits_u = (buffers + (turn * BUFFER + r * (ROW_BYTES + 8))) * 8
-            bits_v = bits_u + 8 * 8 * (ROW_BYTES + 8)
+            bits_u = (buffers + (turn * BUFFER + r * (ROW_BYTES + ROW_GAP))) * 8
+            bits_v = bits_u + 8 * 8 * (ROW_BYTES + ROW_GAP)
             ahead = buffers + (BUFFER - turn * BUFFER)
             stage_stream(words_ptr, next_strip, next_t, N, tiles, lane, ahead, RAW, WORDS, ROW_BYTES, ALIGNED)
         scale_u, wall_u = read_header(header_word(tile_u + RAW, bits_u, STREAM, ROW_BYTES), END, WALL_UNIT, 0)

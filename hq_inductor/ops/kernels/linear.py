@@ -33,7 +33,7 @@ from .blocks import (
     zeros_of,
 )
 from .memory import load_16, load_global, store_global
-from .shared import TABLE_BYTES, declare_shared, load_shared_float, load_table, store_shared_16, wait_copies
+from .shared import ROW_GAP, TABLE_BYTES, declare_shared, load_shared_float, load_table, store_shared_16, wait_copies
 from .tile import decode_vector, first_cursor, first_window, header_word, load_raw, next_quads, read_header, restore_signs
 from .warp import mma_s8
 
@@ -257,7 +257,7 @@ def linear_kernel(
     x_step = M_PAD * 64
     x_row = (m0 + r) * 64 + j * 16
     # of a warp: two buffers, used in turns
-    BUFFER: tl.constexpr = 16 * (ROW_BYTES + 8)
+    BUFFER: tl.constexpr = 16 * (ROW_BYTES + ROW_GAP)
     table_address = thread * 0
     buffers = thread * 0
     sums_address = thread * 0
@@ -304,8 +304,8 @@ def linear_kernel(
         streams = (words_ptr + tile_u + RAW, words_ptr + tile_v + RAW)
         if ROW_BYTES > 0:
             wait_copies(lane)
-            bits_u = (buffers + (buffer * BUFFER + r * (ROW_BYTES + 8))) * 8
-            bits_v = bits_u + 8 * 8 * (ROW_BYTES + 8)
+            bits_u = (buffers + (buffer * BUFFER + r * (ROW_BYTES + ROW_GAP))) * 8
+            bits_v = bits_u + 8 * 8 * (ROW_BYTES + ROW_GAP)
             buffer = 1 - buffer
             stage_stream(next_words_ptr, next_strip, next_t, next_N, tiles, lane, buffers + buffer * BUFFER, RAW, WORDS, ROW_BYTES, ALIGNED)
         inside = tl.minimum(t, tiles - 1)

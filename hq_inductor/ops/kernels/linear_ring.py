@@ -21,6 +21,7 @@ from .blocks import (
     load_chunks,
     load_staged_chunks,
     meet_in_memory,
+    row_divisors,
     stage_scales,
     stage_stream,
     stage_tiles,
@@ -30,8 +31,10 @@ from .blocks import (
     zeros_of,
 )
 from .memory import load_global
-from .shared import TABLE_BYTES, commit_copies, load_shared_floats, load_table, shared_base, wait_copies
+from .ring_output import cluster_rank, meet_and_store
+from .shared import ROW_GAP, TABLE_BYTES, commit_copies, load_shared_floats, load_table, shared_base, wait_copies
 from .tile import decode_vector, first_cursor, first_window, header_word, load_raw, next_quads, read_header, restore_signs
+from .warp import codes_to_e4m3, pack_halves
 from .warpgroup import fill, next_products, open_ring, products_wait
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -49,6 +52,7 @@ def _multiply_group(
     streams,
     table_ptr,
     table_address,
+    factors,
     LATTICE: tl.constexpr,
     K: tl.constexpr,
     SHIFT: tl.constexpr,
@@ -56,11 +60,15 @@ def _multiply_group(
     STREAM: tl.constexpr,
     ROW_BYTES: tl.constexpr,
     BLOCKS: tl.constexpr,
+    FP8: tl.constexpr,
     NUM_WARPS: tl.constexpr,
     STEPS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Decode a group of both rows and add its products to `sums`, the last ones left under way; `place` and `source` of `next_products`."""
+    """Decode a group of both rows and add its products to `sums`, the last ones left under way.
+
+    `place` and `source` of `next_products`; `factors` of both rows bring codes to e4m3 if FP8.
+    """
     window_u, window_v = windows
     signs_u = restore_signs(raw_u, K, LATTICE)
     signs_v = restore_signs(raw_v, K, LATTICE)
@@ -69,7 +77,12 @@ def _multiply_group(
         f0, f1, window_v = next_quads(window_v, odd, streams[1], table_ptr, table_address, LENGTH_PLACE, STREAM, ROW_BYTES)
         a0, a2 = decode_vector(e0, e1, v, signs_u, raw_u, K, SHIFT, LATTICE)
         a1, a3 = decode_vector(f0, f1, v, signs_v, raw_v, K, SHIFT, LATTICE)
-        sums, place = next_products(sums, a0, a1, a2, a3, place, source, v % STEPS, 8 * BLOCKS, STEPS, STAGES, NUM_WARPS)
+        if FP8:
+            a0 = codes_to_e4m3(a0, factors[0])
+            a1 = codes_to_e4m3(a1, factors[1])
+            a2 = codes_to_e4m3(a2, factors[0])
+            a3 = codes_to_e4m3(a3, factors[1])
+        sums, place = next_products(sums, a0, a1, a2, a3, place, source, v % STEPS, 8 * BLOCKS, STEPS, STAGES, FP8, NUM_WARPS)
     return sums, (window_u, window_v), place
 
 
@@ -78,8 +91,8 @@ def _ring_block(
     thread,  # number of the thread
     words_ptr,  # [N, tiles, WORDS] int32
     table_ptr,  # [4096] int32
-    x_ptr,  # [M_PAD / COLUMNS, tiles * TILE / 16, COLUMNS, 16] int8
-    act_scale_ptr,  # [tiles, M_PAD] fp32
+    x_ptr,  # [M_PAD / COLUMNS, tiles * TILE / 16, COLUMNS, 16] int8 or, if FP8, e4m3
+    act_scale_ptr,  # [tiles, M_PAD] fp32; if FP8 [M]
     bias_ptr,  # [N], or anything if not HAS_BIAS
     out_ptr,  # [M, N + N1 + N2 + N3]
     partial_ptr,  # fp32 if SPLIT: `meet_in_memory`
@@ -111,7 +124,11 @@ def _ring_block(
     ALIGNED: tl.constexpr,
     ROW_BYTES: tl.constexpr,
     COLUMNS: tl.constexpr,
-    SPLIT: tl.constexpr,
+    FP8: tl.constexpr,
+    LARGEST: tl.constexpr,  # value that a code can have
+    SPLIT: tl.constexpr,  # parts of the tiles of a row meet in global memory
+    PARTS: tl.constexpr,  # or these many in the shared memory of a cluster's blocks
+    VECTOR: tl.constexpr,  # of `meet_and_store`
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     SIBLINGS: tl.constexpr,
@@ -122,7 +139,7 @@ def _ring_block(
     STAGED: tl.constexpr,  # whole tiles, and the activations' scales, come through shared memory; needs CHUNKED
     SHARED: tl.constexpr,  # symbol of the block's shared memory
 ):
-    """Program (i, p, c): rows 16 NUM_WARPS i on, part p of the tiles, batch columns COLUMNS c on."""
+    """Cluster (i, p, c): rows 16 NUM_WARPS i on, part p of the tiles, batch columns COLUMNS c on."""
     STREAM: tl.constexpr = WORDS - RAW
     END: tl.constexpr = 32 * STREAM
     GROUPS: tl.constexpr = TILE // 128
@@ -135,23 +152,27 @@ def _ring_block(
     rows = (N, N1, N2, N3)
     total = count_panels(rows, SIBLINGS, 16 * NUM_WARPS)[1]
     words_ptr, bias_ptr, N, panel, column = weight_of_panel(tl.program_id(0), pointers, rows, SIBLINGS, 16 * NUM_WARPS)
-    part = tl.program_id(1)
     m0 = tl.program_id(2) * COLUMNS
+    part = tl.program_id(1)
+    parts = tl.num_programs(1)
+    if PARTS > 1:
+        part = cluster_rank(N)
+        parts = PARTS
     lane = thread % 32
     warp = thread // 32
     j = lane % 4
     r = lane // 4
     odd = lane % 2
     strip = panel * NUM_WARPS + warp
-    splits = tl.num_programs(1)
-    first_tile = part * tiles // splits
-    last_tile = (part + 1) * tiles // splits
+    first_tile = part * tiles // parts
+    last_tile = (part + 1) * tiles // parts
 
     # offsets of 32 bits from here on, where registers are dear: a weight has less than 2^31 words
     # of a warp: two buffers, used in turns
-    STRIDE: tl.constexpr = 4 * WORDS + 16 if STAGED else ROW_BYTES + 8
+    STRIDE: tl.constexpr = 4 * WORDS + 16 if STAGED else ROW_BYTES + ROW_GAP
     BUFFER: tl.constexpr = 16 * STRIDE
     CHUNK: tl.constexpr = 32 * STEPS * COLUMNS
+    SCALES: tl.constexpr = 0 if FP8 else 8 * COLUMNS
     table_address = thread * 0
     buffers = thread * 0
     scales = thread * 0
@@ -162,8 +183,8 @@ def _ring_block(
         load_table(table_ptr, table_address, thread, NUM_WARPS)
         buffers = table_address + TABLE_BYTES + warp * (2 * BUFFER)
         after: tl.constexpr = TABLE_BYTES + NUM_WARPS * 2 * (BUFFER if ROW_BYTES > 0 else 0)
-        scales = table_address + after + warp * (8 * COLUMNS)
-        slots = shared_base(part, SHARED) + (after + (NUM_WARPS * 8 * COLUMNS if STAGED else 0))
+        scales = table_address + after + warp * SCALES
+        slots = shared_base(M, SHARED) + (after + (NUM_WARPS * SCALES if STAGED else 0))
         barriers = slots + STAGES * CHUNK
         open_ring(barriers, thread, STAGES, NUM_WARPS)
         if STAGED:
@@ -178,6 +199,8 @@ def _ring_block(
     elif not STAGED:
         ahead_u = load_raw(words_ptr + tile_u, 0, j, K, LATTICE, GROUPS)
         ahead_v = load_raw(words_ptr + tile_v, 0, j, K, LATTICE, GROUPS)
+    if FP8:
+        divisor_u, divisor_v = row_divisors(words_ptr, strip, r, j, N, tiles, WORDS, RAW, LARGEST)
     if not _INTERPRETED:
         commit_copies(lane)
         wait_copies(lane)
@@ -189,7 +212,7 @@ def _ring_block(
     chunks = (last_tile - first_tile) * (TILE // (32 * STEPS))
     place = (0, 0, 0, 0, 0, 0, 0)  # as `next_products` has it
     source = (x_ptr, slots, barriers, chunks, thread, lane)
-    if STAGED:
+    if STAGED and not FP8:
         stage_scales(act_scale_ptr + first_tile * M_PAD + m0, lane, scales, COLUMNS)
         commit_copies(lane)
     for stage in tl.static_range(STAGES):
@@ -198,7 +221,9 @@ def _ring_block(
     bits_u = thread * 0
     bits_v = bits_u
 
+    # sums of all tiles
     totals = zeros_of(thread, 4 * BLOCKS)
+    factors = (thread * 0, thread * 0)
     for t in range(first_tile, last_tile):
         # not read where the planes have copies
         streams = (words_ptr + tile_u + RAW, words_ptr + tile_v + RAW)
@@ -211,13 +236,12 @@ def _ring_block(
             other = buffers + (BUFFER - turn * BUFFER)
             if STAGED:
                 stage_tiles(words_ptr, strip, t + 1, N, tiles, lane, other, WORDS, STRIDE)
-                next_ptr = act_scale_ptr + tl.minimum(t + 1, tiles - 1) * M_PAD + m0
-                stage_scales(next_ptr, lane, scales + (4 * COLUMNS - turn * (4 * COLUMNS)), COLUMNS)
+                if not FP8:
+                    next_ptr = act_scale_ptr + tl.minimum(t + 1, tiles - 1) * M_PAD + m0
+                    stage_scales(next_ptr, lane, scales + (4 * COLUMNS - turn * (4 * COLUMNS)), COLUMNS)
                 commit_copies(lane)
             else:
                 stage_stream(words_ptr, strip, t + 1, N, tiles, lane, other, RAW, WORDS, ROW_BYTES, ALIGNED)
-        column_ptr = act_scale_ptr + t * M_PAD + m0 + 2 * j
-        column_scales = ()
         scale_u, wall_u = read_header(header_word(streams[0], bits_u, STREAM, ROW_BYTES), END, WALL_UNIT, GAIN)
         scale_v, wall_v = read_header(header_word(streams[1], bits_v, STREAM, ROW_BYTES), END, WALL_UNIT, GAIN)
         x_u = first_cursor(bits_u, wall_u, j, END)
@@ -225,9 +249,16 @@ def _ring_block(
         window_u = first_window(streams[0], x_u, odd, STREAM, ROW_BYTES)
         window_v = first_window(streams[1], x_v, odd, STREAM, ROW_BYTES)
         windows = (window_u, window_v)
-        sums = ()
-        for _ in tl.static_range(4 * BLOCKS):
-            sums = sums + (thread * 0,)
+        if FP8:
+            sums = totals
+            factor_u = scale_u / divisor_u
+            factor_v = scale_v / divisor_v
+            even: tl.constexpr = 1.7320508075688772 if LATTICE == "a2" else 1.0
+            factors = (pack_halves(factor_u * even, factor_u, tl.float16), pack_halves(factor_v * even, factor_v, tl.float16))
+        else:
+            sums = ()
+            for _ in tl.static_range(4 * BLOCKS):
+                sums = sums + (thread * 0,)
         if CHUNKED:
             if STAGED:
                 words_u = load_staged_chunks((), tile_address, j, 0, FIRST)
@@ -269,6 +300,7 @@ def _ring_block(
                     streams,
                     table_ptr,
                     table_address,
+                    factors,
                     LATTICE,
                     K,
                     SHIFT,
@@ -276,6 +308,7 @@ def _ring_block(
                     STREAM,
                     ROW_BYTES,
                     BLOCKS,
+                    FP8,
                     NUM_WARPS,
                     STEPS,
                     STAGES,
@@ -300,6 +333,7 @@ def _ring_block(
                     streams,
                     table_ptr,
                     table_address,
+                    factors,
                     LATTICE,
                     K,
                     SHIFT,
@@ -307,74 +341,122 @@ def _ring_block(
                     STREAM,
                     ROW_BYTES,
                     BLOCKS,
+                    FP8,
                     NUM_WARPS,
                     STEPS,
                     STAGES,
                 )
 
-        sums = products_wait(sums, COLUMNS)
-        if STAGED:
-            for b in tl.static_range(BLOCKS):
-                column_scales = column_scales + load_shared_floats(scales + (turn * (4 * COLUMNS) + 32 * b + 8 * j))
+        sums = products_wait(sums, COLUMNS, FP8)
+        if FP8:
+            totals = sums
         else:
+            column_ptr = act_scale_ptr + t * M_PAD + m0 + 2 * j
+            updated_totals = ()
             for b in tl.static_range(BLOCKS):
-                column_scales = column_scales + (load_global(column_ptr + 8 * b), load_global(column_ptr + 8 * b + 1))
-        updated_totals = ()
-        for b in tl.static_range(BLOCKS):
-            s0 = column_scales[2 * b]
-            s1 = column_scales[2 * b + 1]
-            updated_totals = updated_totals + (
-                totals[4 * b] + sums[4 * b].to(tl.float32) * (s0 * scale_u),
-                totals[4 * b + 1] + sums[4 * b + 1].to(tl.float32) * (s1 * scale_u),
-                totals[4 * b + 2] + sums[4 * b + 2].to(tl.float32) * (s0 * scale_v),
-                totals[4 * b + 3] + sums[4 * b + 3].to(tl.float32) * (s1 * scale_v),
-            )
-        totals = updated_totals
+                if STAGED:
+                    s0, s1 = load_shared_floats(scales + (turn * (4 * COLUMNS) + 32 * b + 8 * j))
+                else:
+                    s0 = load_global(column_ptr + 8 * b)
+                    s1 = load_global(column_ptr + 8 * b + 1)
+                updated_totals = updated_totals + (
+                    totals[4 * b] + sums[4 * b].to(tl.float32) * (s0 * scale_u),
+                    totals[4 * b + 1] + sums[4 * b + 1].to(tl.float32) * (s1 * scale_u),
+                    totals[4 * b + 2] + sums[4 * b + 2].to(tl.float32) * (s0 * scale_v),
+                    totals[4 * b + 3] + sums[4 * b + 3].to(tl.float32) * (s1 * scale_v),
+                )
+            totals = updated_totals
         tile_u = next_u
         tile_v = next_v
 
     if PDL:
         # not before: what starts early takes its place among the blocks of this kernel that still wait for theirs
         gdc_launch_dependents()
-    mine = strip * 16 + lane * 0 < N
-    if SPLIT:
-        # panels of all blocks of columns
-        among = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
-        apart = tl.num_programs(0) * tl.num_programs(2)
-        totals, last = meet_in_memory(
+    if FP8:
+        scaled = ()
+        for b in tl.static_range(BLOCKS):
+            scaled = scaled + (
+                totals[4 * b] * divisor_u,
+                totals[4 * b + 1] * divisor_u,
+                totals[4 * b + 2] * divisor_v,
+                totals[4 * b + 3] * divisor_v,
+            )
+        totals = scaled
+    if SPLIT or _INTERPRETED:
+        mine = strip * 16 + lane * 0 < N
+        if SPLIT:
+            # panels of all blocks of columns
+            among = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+            apart = tl.num_programs(0) * tl.num_programs(2)
+            totals, last = meet_in_memory(
+                totals,
+                lane,
+                warp,
+                partial_ptr,
+                counter_ptr,
+                part * apart + among,
+                among,
+                among,
+                parts,
+                among * NUM_WARPS + warp,
+                apart,
+                BLOCKS,
+                NUM_WARPS,
+            )
+            mine = mine & last
+        if FP8:
+            scaled = ()
+            for b in tl.static_range(BLOCKS):
+                s0 = load_global(act_scale_ptr + m0 + 8 * b + 2 * j, m0 + 8 * b + 2 * j < M)
+                s1 = load_global(act_scale_ptr + m0 + 8 * b + 2 * j + 1, m0 + 8 * b + 2 * j + 1 < M)
+                scaled = scaled + (totals[4 * b] * s0, totals[4 * b + 1] * s1, totals[4 * b + 2] * s0, totals[4 * b + 3] * s1)
+            totals = scaled
+        store_strip(
             totals,
+            strip,
+            mine,
+            column,
+            m0,
+            M,
+            N,
+            total,
             lane,
-            warp,
-            partial_ptr,
-            counter_ptr,
-            part * apart + among,
-            among,
-            among,
-            splits,
-            among * NUM_WARPS + warp,
-            apart,
+            bias_ptr,
+            residual_ptr,
+            stride_residual,
+            out_ptr,
             BLOCKS,
-            NUM_WARPS,
+            HAS_BIAS,
+            HAS_RESIDUAL,
         )
-        mine = mine & last
-    store_strip(
-        totals,
-        strip,
-        mine,
-        column,
-        m0,
-        M,
-        N,
-        total,
-        lane,
-        bias_ptr,
-        residual_ptr,
-        stride_residual,
-        out_ptr,
-        BLOCKS,
-        HAS_BIAS,
-        HAS_RESIDUAL,
-    )
+    else:
+        # of the last tile's copies, which come again; then all warps are done with what is in shared memory
+        wait_copies(lane)
+        tl.debug_barrier()
+        meet_and_store(
+            totals,
+            thread,
+            part,
+            table_address + TABLE_BYTES,
+            panel * (16 * NUM_WARPS),
+            column,
+            m0,
+            M,
+            N,
+            total,
+            act_scale_ptr,
+            bias_ptr,
+            residual_ptr,
+            stride_residual,
+            out_ptr,
+            BLOCKS,
+            16 * NUM_WARPS,
+            PARTS,
+            FP8,
+            HAS_BIAS,
+            HAS_RESIDUAL,
+            VECTOR,
+        )
 
 
 if INTERPRETED:
@@ -382,19 +464,28 @@ if INTERPRETED:
     _jit = triton.jit
 
     @triton.jit
-    def _open_block(NUM_WARPS: tl.constexpr, SHARED_KB: tl.constexpr):
+    def _open_block(NUM_WARPS: tl.constexpr, PARTS: tl.constexpr, SHARED_KB: tl.constexpr):
         return tl.arange(0, 32 * NUM_WARPS)
 
 else:
     _jit = gluon.jit
 
+    @triton.constexpr_function
+    def _cluster_layouts(warps, parts):
+        """Of one element per thread of a cluster; of memory of each of its blocks."""
+        blocks = [[1 << i] for i in range(parts.bit_length() - 1)]
+        threads = gl.BlockedLayout([1], [32], [warps], [0], cga_layout=blocks)
+        return threads, gl.SwizzledSharedLayout(1, 1, 1, order=[0], cga_layout=blocks)
+
     @gluon.jit
-    def _open_block(NUM_WARPS: tl.constexpr, SHARED_KB: tl.constexpr):
+    def _open_block(NUM_WARPS: tl.constexpr, PARTS: tl.constexpr, SHARED_KB: tl.constexpr):
         """Numbers of the block's threads; its shared memory is allocated."""
-        memory = gl.allocate_shared_memory(gl.int32, [SHARED_KB, 256], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+        LAYOUTS: gl.constexpr = _cluster_layouts(NUM_WARPS, PARTS)
+        memory = gl.allocate_shared_memory(gl.int32, [SHARED_KB, 256 * PARTS], LAYOUTS[1])
         # a use of it, or the compiler would not declare its symbol
-        memory.index(0).store(gl.arange(0, 256, layout=gl.BlockedLayout([1], [32], [NUM_WARPS], [0])))
-        return gl.arange(0, 32 * NUM_WARPS, layout=gl.BlockedLayout([1], [32], [NUM_WARPS], [0]))
+        memory.index(0).store(gl.arange(0, 256 * PARTS, layout=LAYOUTS[0]))
+        tl.debug_barrier()
+        return gl.arange(0, 32 * NUM_WARPS * PARTS, layout=LAYOUTS[0]) % (32 * NUM_WARPS)
 
 
 @_jit(do_not_specialize=["M", "M_PAD", "N", "N1", "N2", "N3", "tiles"])
@@ -434,7 +525,11 @@ def ring_linear_kernel(
     ALIGNED: tl.constexpr,
     ROW_BYTES: tl.constexpr,
     COLUMNS: tl.constexpr,
-    SPLIT: tl.constexpr,
+    FP8: tl.constexpr,
+    LARGEST: tl.constexpr,  # value that a code can have
+    SPLIT: tl.constexpr,  # parts of the tiles of a row meet in global memory
+    PARTS: tl.constexpr,  # or these many in the shared memory of a cluster's blocks
+    VECTOR: tl.constexpr,  # of `meet_and_store`
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     SIBLINGS: tl.constexpr,
@@ -446,7 +541,7 @@ def ring_linear_kernel(
     SHARED_KB: tl.constexpr,
 ):
     """Of `_ring_block`. One binary for all sizes."""
-    thread = _open_block(NUM_WARPS, SHARED_KB)
+    thread = _open_block(NUM_WARPS, PARTS, SHARED_KB)
     _ring_block(
         thread,
         words_ptr,
@@ -484,7 +579,11 @@ def ring_linear_kernel(
         ALIGNED,
         ROW_BYTES,
         COLUMNS,
+        FP8,
+        LARGEST,
         SPLIT,
+        PARTS,
+        VECTOR,
         HAS_BIAS,
         HAS_RESIDUAL,
         SIBLINGS,

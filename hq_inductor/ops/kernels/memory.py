@@ -40,6 +40,21 @@ if INTERPRETED:
         tl.store(pointer + 2, c)
         tl.store(pointer + 3, d)
 
+    @triton.jit
+    def load_four(pointer, mask):
+        loaded = ()
+        for i in tl.static_range(4):
+            loaded = loaded + (load_global(pointer + i, mask).to(tl.float32),)
+        return loaded
+
+    @triton.jit
+    def store_four(pointer, a, b, c, d, mask):
+        dtype: tl.constexpr = pointer.dtype.element_ty
+        store_global(pointer, a.to(dtype), mask)
+        store_global(pointer + 1, b.to(dtype), mask)
+        store_global(pointer + 2, c.to(dtype), mask)
+        store_global(pointer + 3, d.to(dtype), mask)
+
 else:
 
     @triton.jit
@@ -133,3 +148,70 @@ else:
             is_pure=False,
             pack=1,
         )
+
+    @triton.jit
+    def _half_of(word, i: tl.constexpr, DTYPE: tl.constexpr):
+        """Half `i` of a word as fp32."""
+        return (word >> (16 * i)).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+
+    @triton.jit
+    def load_four(pointer, mask):
+        """Four neighbouring elements as fp32, aligned to as many."""
+        dtype: tl.constexpr = pointer.dtype.element_ty
+        place = pointer.to(tl.int64)
+        if dtype.primitive_bitwidth == 32:
+            return tl.inline_asm_elementwise(
+                """{
+                .reg .pred p;
+                setp.ne.s32 p, $5, 0;
+                mov.f32 $0, 0f00000000;
+                mov.f32 $1, 0f00000000;
+                mov.f32 $2, 0f00000000;
+                mov.f32 $3, 0f00000000;
+                @p ld.global.v4.f32 {$0, $1, $2, $3}, [$4];
+                }""",
+                "=&f,=&f,=&f,=&f,l,r",
+                [place, mask.to(tl.int32)],
+                (tl.float32, tl.float32, tl.float32, tl.float32),
+                is_pure=False,
+                pack=1,
+            )
+        else:
+            low, high = tl.inline_asm_elementwise(
+                "{.reg .pred p; setp.ne.s32 p, $3, 0; mov.b32 $0, 0; mov.b32 $1, 0; @p ld.global.v2.b32 {$0, $1}, [$2];}",
+                "=&r,=&r,l,r",
+                [place, mask.to(tl.int32)],
+                (tl.int32, tl.int32),
+                is_pure=False,
+                pack=1,
+            )
+            return _half_of(low, 0, dtype), _half_of(low, 1, dtype), _half_of(high, 0, dtype), _half_of(high, 1, dtype)
+
+    @triton.jit
+    def _halves_together(low, high, DTYPE: tl.constexpr):
+        low = low.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        return low | (high.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+
+    @triton.jit
+    def store_four(pointer, a, b, c, d, mask):
+        """Four fp32, rounded, to neighbouring elements, aligned to as many."""
+        dtype: tl.constexpr = pointer.dtype.element_ty
+        place = pointer.to(tl.int64)
+        if dtype.primitive_bitwidth == 32:
+            tl.inline_asm_elementwise(
+                "{.reg .pred p; setp.ne.s32 p, $6, 0; @p st.global.v4.f32 [$1], {$2, $3, $4, $5}; mov.f32 $0, $2;}",
+                "=f,l,f,f,f,f,r",
+                [place, a, b, c, d, mask.to(tl.int32)],
+                tl.float32,
+                is_pure=False,
+                pack=1,
+            )
+        else:
+            tl.inline_asm_elementwise(
+                "{.reg .pred p; setp.ne.s32 p, $4, 0; @p st.global.v2.b32 [$1], {$2, $3}; mov.b32 $0, $2;}",
+                "=r,l,r,r,r",
+                [place, _halves_together(a, b, dtype), _halves_together(c, d, dtype), mask.to(tl.int32)],
+                tl.int32,
+                is_pure=False,
+                pack=1,
+            )

@@ -3,7 +3,7 @@
 Triton allocates shared memory only for its own conversions, and has no gather from it. Layout, in bytes:
 
     0 .. 16 KiB                     the decoding table, `[4096]` int32
-    16 KiB + 32 (ROW_BYTES + 8) w   warp w: two buffers of 16 rows, ROW_BYTES (64 or 128) and 8 apart, which spreads rows over the banks
+    16 KiB + 32 (ROW_BYTES + 16) w  warp w: two buffers of 16 rows, ROW_BYTES (64 or 128) and 16 apart, which spreads rows over the banks
     after that                      what else a kernel wants (`hq_inductor.ops.kernels.warpgroup`); at least OVERRUN
 
 A decoder that corrupt words lead astray reads up to OVERRUN bytes before or after a row: other rows, the table, or what comes after; never
@@ -20,13 +20,15 @@ from .bits import INTERPRETED
 
 TABLE_BYTES = tl.constexpr(16384)
 SHARED_BYTES = tl.constexpr(49152)
+# between rows: the least that leaves them aligned to what is copied at a time
+ROW_GAP = tl.constexpr(16)
 # a tile has at most 48 vectors per lane, of at most 31 bits each; three words from there on
 OVERRUN = 48 * 31 // 8 + 12
 
 
 def buffer_bytes(row_bytes: int) -> int:
     """Bytes of a warp's two buffers."""
-    return 32 * (row_bytes + 8) if row_bytes else 0
+    return 32 * (row_bytes + ROW_GAP.value) if row_bytes else 0
 
 
 def row_bytes(stream_words: int) -> int:

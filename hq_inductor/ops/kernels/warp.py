@@ -52,6 +52,21 @@ if INTERPRETED:
         return c0 + d0, c1 + d1, c2 + d2, c3 + d3
 
     @triton.jit
+    def largest_of_quad(x):
+        quads = tl.reshape(x, [x.shape[0] // 4, 4])
+        return tl.reshape(tl.broadcast_to(tl.max(quads, 1)[:, None], quads.shape), x.shape)
+
+    @triton.jit
+    def codes_to_e4m3(codes, scales):
+        word = codes * 0
+        for i in tl.static_range(4):
+            value = (_byte(codes, i).to(tl.float32) * _to_float(scales, i % 2, tl.float16)).to(tl.float16).to(tl.float32)
+            # the device saturates
+            value = tl.minimum(tl.maximum(value, -448.0), 448.0).to(tl.float8e4nv)
+            word = word | ((value.to(tl.int8, bitcast=True).to(tl.int32) & 0xFF) << (8 * i))
+        return word
+
+    @triton.jit
     def transpose(x, NUM_WARPS: tl.constexpr):
         matrix = tl.reshape(tl.join((x << 16) >> 16, x >> 16), [NUM_WARPS, 8, 8])
         low, high = tl.split(tl.reshape(tl.permute(matrix, [0, 2, 1]), [32 * NUM_WARPS, 2]))
@@ -125,6 +140,51 @@ else:
                 is_pure=True,
                 pack=1,
             )
+
+    @triton.jit
+    def largest_of_quad(x):
+        """Largest of four neighbouring threads' int32."""
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 other;
+            shfl.sync.bfly.b32 other, $1, 1, 31, 0xffffffff;
+            max.s32 $0, $1, other;
+            shfl.sync.bfly.b32 other, $0, 2, 31, 0xffffffff;
+            max.s32 $0, $0, other;
+            }""",
+            "=&r,r",
+            [x],
+            tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+    @triton.jit
+    def codes_to_e4m3(codes, scales):
+        """Four int8 by fp16 `scales`, of even and of odd places, products rounded to fp16 and then to e4m3."""
+        # a code under 0x64 is a half 1024 + 128 more than it; the converting instructions are slower
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 biased, low, high, offset; .reg .b16 p, q;
+            mov.b32 offset, 0x64646464;
+            xor.b32 biased, $1, 0x80808080;
+            prmt.b32 low, biased, offset, 0x4140;
+            prmt.b32 high, biased, offset, 0x4342;
+            mov.b32 offset, 0x64806480;
+            sub.rn.f16x2 low, low, offset;
+            sub.rn.f16x2 high, high, offset;
+            mul.rn.f16x2 low, low, $2;
+            mul.rn.f16x2 high, high, $2;
+            cvt.rn.satfinite.e4m3x2.f16x2 p, low;
+            cvt.rn.satfinite.e4m3x2.f16x2 q, high;
+            mov.b32 $0, {p, q};
+            }""",
+            "=r,r,r",
+            [codes, scales],
+            tl.int32,
+            is_pure=True,
+            pack=1,
+        )
 
     @triton.jit
     def transpose(x, NUM_WARPS: tl.constexpr):

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from .bits import INTERPRETED
+from .ring_output import output_bytes
 from .shared import TABLE_BYTES, buffer_bytes
 from .warp import mma_s8
 
@@ -28,7 +29,9 @@ _BARRIER_BYTES = tl.constexpr(128)
 _MULTIPROCESSOR_KB = 226
 
 
-def ring_shape(columns: int, num_warps: int, blocks: int, words: int, row_bytes: int, stageable: bool) -> tuple[int, int, bool, int]:
+def ring_shape(
+    columns: int, num_warps: int, blocks: int, words: int, row_bytes: int, stageable: bool, fp8: bool
+) -> tuple[int, int, bool, int]:
     """Ring for `columns` rows of the second factor: steps of 32 coefficients per chunk, chunks, whether whole tiles are staged,
     and the shared memory of a block in KiB.
 
@@ -36,23 +39,46 @@ def ring_shape(columns: int, num_warps: int, blocks: int, words: int, row_bytes:
         blocks: of a multiprocessor.
         words: of a tile, of which warps hold two of 16 rows, if they are `stageable` and there is room; else only stream planes, in rows of
             `row_bytes`.
+        fp8: no scales of columns come through shared memory.
 
     Raises:
         ValueError: there is no room for three chunks.
     """
     for staged in (True, False) if stageable else (False,):
-        warp = 2 * 16 * (4 * words + 16) + 8 * columns if staged else buffer_bytes(row_bytes)
+        warp = 2 * 16 * (4 * words + 16) + (0 if fp8 else 8 * columns) if staged else buffer_bytes(row_bytes)
         fixed = TABLE_BYTES.value + num_warps * warp + _BARRIER_BYTES.value
         # few barriers, but three chunks at least
         for steps in (4, 2, 1):
             stages = (_MULTIPROCESSOR_KB // blocks * 1024 - fixed) // (32 * steps * columns)
             if stages >= 3:
                 stages = min(stages, 4)
-                return steps, stages, staged, -(-(fixed + stages * 32 * steps * columns) // 1024)
+                taken = fixed + stages * 32 * steps * columns
+                # sums go out through all of it but the table
+                taken = max(taken, TABLE_BYTES.value + output_bytes(columns, 16 * num_warps))
+                return steps, stages, staged, -(-taken // 1024)
     raise ValueError(f"columns must be fewer for {blocks} blocks of {num_warps} warps and tiles of {words} words, got {columns}")
 
 
 if INTERPRETED:
+
+    @triton.jit
+    def _e4m3_byte(x, i: tl.constexpr):
+        return (x >> (8 * i)).to(tl.int8).to(tl.float8e4nv, bitcast=True).to(tl.float32)
+
+    @triton.jit
+    def _mma_e4m3(c0, c1, c2, c3, a0, a1, a2, a3, b0, b1, NUM_WARPS: tl.constexpr):
+        """As `mma_s8`, of e4m3."""
+        shape: tl.constexpr = [NUM_WARPS, 8, 1, 4]
+        upper = tl.zeros([NUM_WARPS, 8, 8], tl.float32)
+        lower = tl.zeros([NUM_WARPS, 8, 8], tl.float32)
+        for i in tl.static_range(4):
+            x0 = tl.reshape(_e4m3_byte(b0, i), [NUM_WARPS, 1, 8, 4])
+            x1 = tl.reshape(_e4m3_byte(b1, i), [NUM_WARPS, 1, 8, 4])
+            upper += tl.sum(tl.reshape(_e4m3_byte(a0, i), shape) * x0 + tl.reshape(_e4m3_byte(a2, i), shape) * x1, 3)
+            lower += tl.sum(tl.reshape(_e4m3_byte(a1, i), shape) * x0 + tl.reshape(_e4m3_byte(a3, i), shape) * x1, 3)
+        d0, d1 = tl.split(tl.reshape(upper, [32 * NUM_WARPS, 2]))
+        d2, d3 = tl.split(tl.reshape(lower, [32 * NUM_WARPS, 2]))
+        return c0 + d0, c1 + d1, c2 + d2, c3 + d3
 
     @triton.jit
     def open_ring(address, thread, STAGES: tl.constexpr, NUM_WARPS: tl.constexpr):
@@ -75,46 +101,50 @@ if INTERPRETED:
         pass
 
     @triton.jit
-    def products_issue(sums, a0, a1, a2, a3, slot, x_ptr, lane, COLUMNS: tl.constexpr, NUM_WARPS: tl.constexpr):
+    def products_issue(sums, a0, a1, a2, a3, slot, x_ptr, lane, COLUMNS: tl.constexpr, FP8: tl.constexpr, NUM_WARPS: tl.constexpr):
         column_ptr = x_ptr + (lane // 4) * 16 + lane % 4 * 4
         updated = ()
         for b in tl.static_range(COLUMNS // 8):
             b0 = tl.load((column_ptr + 128 * b).to(tl.pointer_type(tl.int32)))
             b1 = tl.load((column_ptr + 128 * b + 16 * COLUMNS).to(tl.pointer_type(tl.int32)))
             s0, s1, s2, s3 = sums[4 * b], sums[4 * b + 1], sums[4 * b + 2], sums[4 * b + 3]
-            updated = updated + mma_s8(s0, s1, s2, s3, a0, a1, a2, a3, b0, b1, NUM_WARPS)
+            if FP8:
+                updated = updated + _mma_e4m3(s0, s1, s2, s3, a0, a1, a2, a3, b0, b1, NUM_WARPS)
+            else:
+                updated = updated + mma_s8(s0, s1, s2, s3, a0, a1, a2, a3, b0, b1, NUM_WARPS)
         return updated
 
     @triton.jit
-    def products_wait(sums, COLUMNS: tl.constexpr):
+    def products_wait(sums, COLUMNS: tl.constexpr, FP8: tl.constexpr):
         return sums
 
 else:
 
     @triton.constexpr_function
-    def _issue_asm(columns):
+    def _issue_asm(columns, fp8):
         n = columns // 2
         sums = ", ".join(f"${i}" for i in range(n))
         a0, a1, a2, a3, low = (f"${n + i}" for i in range(5))
+        kind, last = ("f32.e4m3.e4m3", "1, 1, 1") if fp8 else ("s32.s8.s8", "1")
         return (
             f"{{.reg .b64 b; mov.b64 b, {{{low}, 8}}; wgmma.fence.sync.aligned; "
-            f"wgmma.mma_async.sync.aligned.m64n{columns}k32.s32.s8.s8 {{{sums}}}, {{{a0}, {a1}, {a2}, {a3}}}, b, 1; "
+            f"wgmma.mma_async.sync.aligned.m64n{columns}k32.{kind} {{{sums}}}, {{{a0}, {a1}, {a2}, {a3}}}, b, {last}; "
             "wgmma.commit_group.sync.aligned;}"
         )
 
     @triton.constexpr_function
-    def _issue_constraints(columns):
+    def _issue_constraints(columns, fp8):
         n = columns // 2
-        return ",".join(["=r"] * n + ["r"] * 5 + [str(i) for i in range(n)])
+        return ",".join(["=f" if fp8 else "=r"] * n + ["r"] * 5 + [str(i) for i in range(n)])
 
     @triton.constexpr_function
-    def _wait_constraints(columns):
+    def _wait_constraints(columns, fp8):
         n = columns // 2
-        return ",".join(["=r"] * n + [str(i) for i in range(n)])
+        return ",".join(["=f" if fp8 else "=r"] * n + [str(i) for i in range(n)])
 
     @triton.constexpr_function
-    def _words(columns):
-        return (tl.int32,) * (columns // 2)
+    def _words(columns, fp8):
+        return (tl.float32 if fp8 else tl.int32,) * (columns // 2)
 
     @triton.jit
     def open_ring(address, thread, STAGES: tl.constexpr, NUM_WARPS: tl.constexpr):
@@ -210,23 +240,29 @@ else:
         tl.inline_asm_elementwise(_release_asm(DISTANCE), "=r,r,r", [full, lane], tl.int32, is_pure=False, pack=1)
 
     @triton.jit
-    def products_issue(sums, a0, a1, a2, a3, slot, x_ptr, lane, COLUMNS: tl.constexpr, NUM_WARPS: tl.constexpr):
+    def products_issue(sums, a0, a1, a2, a3, slot, x_ptr, lane, COLUMNS: tl.constexpr, FP8: tl.constexpr, NUM_WARPS: tl.constexpr):
         """Start `sums + a b`, b at `slot` in shared memory. Nothing of it may be touched before `products_wait`."""
-        low = (slot >> 4) + (COLUMNS << 16)
+        # in a cluster addresses have the block's number above these bits
+        low = ((slot & 0x3FFFF) >> 4) + (COLUMNS << 16)
         return tl.inline_asm_elementwise(
-            _issue_asm(COLUMNS),
-            _issue_constraints(COLUMNS),
+            _issue_asm(COLUMNS, FP8),
+            _issue_constraints(COLUMNS, FP8),
             (a0, a1, a2, a3, low) + sums,
-            _words(COLUMNS),
+            _words(COLUMNS, FP8),
             is_pure=False,
             pack=1,
         )
 
     @triton.jit
-    def products_wait(sums, COLUMNS: tl.constexpr):
+    def products_wait(sums, COLUMNS: tl.constexpr, FP8: tl.constexpr):
         """The sums of all products under way."""
         return tl.inline_asm_elementwise(
-            "wgmma.wait_group.sync.aligned 0;", _wait_constraints(COLUMNS), sums, _words(COLUMNS), is_pure=False, pack=1
+            "wgmma.wait_group.sync.aligned 0;",
+            _wait_constraints(COLUMNS, FP8),
+            sums,
+            _words(COLUMNS, FP8),
+            is_pure=False,
+            pack=1,
         )
 
 
@@ -243,6 +279,7 @@ def next_products(
     COLUMNS: tl.constexpr,
     STEPS: tl.constexpr,
     STAGES: tl.constexpr,
+    FP8: tl.constexpr,
     NUM_WARPS: tl.constexpr,
 ):
     """Start the products of step STEP of a chunk; those before are done then.
@@ -253,7 +290,7 @@ def next_products(
     CHUNK: tl.constexpr = 32 * STEPS * COLUMNS
     chunk, slot, parity, slot_1, parity_1, slot_2, parity_2 = place
     x_ptr, slots, barriers, chunks, thread, lane = source
-    sums = products_wait(sums, COLUMNS)
+    sums = products_wait(sums, COLUMNS, FP8)
     if STEP == 0:
         # this warp is done with the chunk before; with the one before that all are, or soon, and a new one takes its slot
         release(barriers + 8 * slot_1, lane + tl.where(chunk >= 1, 0, 32), 8 * STAGES)
@@ -269,7 +306,9 @@ def next_products(
         )
         wait_full(barriers + 8 * slot, parity)
     offset: tl.constexpr = 32 * COLUMNS * STEP
-    sums = products_issue(sums, a0, a1, a2, a3, slots + (CHUNK * slot + offset), x_ptr + (CHUNK * chunk + offset), lane, COLUMNS, NUM_WARPS)
+    sums = products_issue(
+        sums, a0, a1, a2, a3, slots + (CHUNK * slot + offset), x_ptr + (CHUNK * chunk + offset), lane, COLUMNS, FP8, NUM_WARPS
+    )
     if STEP == STEPS - 1:
         wraps = slot == STAGES - 1
         return sums, (chunk + 1, tl.where(wraps, 0, slot + 1), tl.where(wraps, parity ^ 1, parity), slot, parity, slot_1, parity_1)
