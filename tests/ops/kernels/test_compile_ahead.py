@@ -220,6 +220,7 @@ def test_fp8_scale(prologue, tmp_path):
         (80, "silu_mul", 512, 28, "i8", 0),
         (90, "none", 384, 9, "i8", 64),
         (90, "rms_norm", 512, 28, "i8", 64),
+        (90, "none", 512, 8, "fp8e4nv", 64),
     ],
 )
 def test_rotate_row(capability, prologue, tile, tiles, out, ring, tmp_path):
