@@ -1,5 +1,7 @@
 """On a CUDA device: kernels against the specification on the CPU, exactly where integers are concerned, and models that compile."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -165,6 +167,52 @@ def test_fp8_operands(lattice, bps):
     found, x_scale = rotate(x, None, layout, weight.qdata.shape[1], weight.seed, torch.float8_e4m3fn)
     torch.testing.assert_close(x_scale, fp8_scale(rotated, layout.tile), rtol=1e-5, atol=0)
     assert ((found.float() * x_scale[:, None] - rotated).abs() <= rotated.abs() / 15.9 + x_scale[:, None] * 2**-9).all()
+
+
+# rows that fill their warps and that do not, tiles of one block and of several
+@pytest.mark.parametrize(
+    ("features", "tile", "prologue"),
+    [(4096, 512, "none"), (4096, 512, "rms_norm"), (14336 - 48, 512, "silu_mul"), (2688, 384, "layer_norm"), (5632, 1408, "rms_norm")],
+)
+def test_rotation_of_whole_rows(features, tile, prologue):
+    """The kernel for many rows: every output and order against the transform in fp64."""
+    from hq_inductor.format.codes import codes_layout
+    from hq_inductor.format.mma import fp8_scale
+    from hq_inductor.ops.fused import rotate, rotate_quantize
+    from hq_inductor.ops.launch import MANY_COEFFICIENTS
+    from hq_inductor.ops.prologue import Prologue
+
+    layout, tiles, batch = codes_layout("e8", tile), -(-features // tile), MANY_COEFFICIENTS // features + 2
+    x = torch.randn(batch, features, device="cuda").to(torch.bfloat16)
+    gate = torch.randn_like(x) if prologue == "silu_mul" else None
+    weight = torch.rand(features, device="cuda").to(torch.bfloat16) if "norm" in prologue else None
+    before = Prologue(prologue, gate, weight, None, 1e-5)
+    activations = before.apply(x).double()
+    exact = hadamard_ref(nn.functional.pad(activations, (0, tiles * tile - features)), hadamard_block(tile), 3)
+    # a few activations near the middle between two of bf16 may be rounded the other way
+    bound = (1e-6 if prologue == "none" else 4 * torch.finfo(torch.bfloat16).eps / hadamard_block(tile) ** 0.5) * activations.abs().max()
+    plain, _ = rotate(x, None, layout, tiles, 3, torch.bfloat16, before)
+    assert ((plain.double() - exact).abs() <= exact.abs() * 2**-8 + bound).all()
+    for few in (batch, 3):
+        found, scale = rotate(x[:few], None, layout, tiles, 3, torch.float8_e4m3fn, before if few == batch else first_rows(before, few))
+        torch.testing.assert_close(scale, fp8_scale(exact[:few], tile), rtol=1e-5 if prologue == "none" else 1e-3, atol=0)
+        assert ((found.double() * scale[:, None] - exact[:few]).abs() <= exact[:few].abs() / 15.9 + scale[:, None] * 2**-9 + bound).all()
+    q, scale = rotate(x, None, layout, tiles, 3, torch.int8, before)
+    step = scale.double().t().repeat_interleave(tile, 1)
+    assert ((q * step - exact).abs() <= 0.501 * step + bound).all()
+    padded = -(-batch // 64) * 64
+    for ring in (0, 64):
+        found, found_scale, zeros = rotate_quantize(x, None, layout, tiles, 3, padded, 1000, before, ring)
+        if ring:
+            rows = found.view(padded // ring, -1, 2, ring, 4, 4).permute(0, 3, 1, 4, 2, 5).reshape(padded, -1)
+        else:
+            rows = found.view(-1, padded, 4, 2, 8).permute(1, 0, 3, 2, 4).reshape(padded, -1)
+        assert torch.equal(rows[:batch], q) and torch.equal(found_scale[:, :batch], scale)
+        assert (rows[batch:] == 0).all() and (found_scale[:, batch:] == 0).all() and (zeros == 0).all()
+
+
+def first_rows(prologue, rows):
+    return dataclasses.replace(prologue, gate=None if prologue.gate is None else prologue.gate[:rows])
 
 
 @pytest.mark.parametrize("mma", MMA)

@@ -125,7 +125,7 @@ def rotate_quantize(
     q = torch.empty(rotated_shape(layout, tiles, padded, ring), dtype=torch.float8_e4m3fn if fp8 else torch.int8, device=x.device)
     scale = torch.empty(padded if fp8 else (tiles, padded), dtype=torch.float32, device=x.device)
     zeros = torch.empty(counters, dtype=torch.int32, device=x.device)
-    row = _row_launch(x.shape[0], tiles, layout) if fp8 or many_coefficients(*x.shape) else None
+    row = _row_launch(x.shape[0], tiles, layout) if fp8 or _whole_rows(x, prologue) else None
     if fp8 and row is None:
         raise ValueError(f"rows of e4m3 must fit a program's registers, got {x.shape[1]} coefficients")
     if row is not None:
@@ -217,6 +217,11 @@ def _rotate_rows(
     )
 
 
+def _whole_rows(x: torch.Tensor, prologue: Prologue) -> bool:
+    """Whether int8 and floating point go row by row: there are many, and threads load 16 bytes as they lie."""
+    return many_coefficients(*x.shape) and _aligned_rows(x, x if prologue.gate is None else prologue.gate)
+
+
 def _row_launch(batch: int, tiles: int, layout: TileLayout | CodesLayout) -> RowLaunch | None:
     block = hadamard_block(layout.tile)
     return row_launch(batch, tiles, block, triton.next_power_of_2(layout.tile // block))
@@ -250,7 +255,7 @@ def rotate(
     if out.numel() == 0:
         return out, scale
     # of e4m3 even few: tile by tile, a row would be read twice
-    if fp8 or many_coefficients(batch, features):
+    if fp8 or _whole_rows(x, prologue):
         row = _row_launch(batch, tiles, layout)
         if row is not None:
             _rotate_rows(x, act_pre_scale, out, scale, None, layout, tiles, batch, seed, prologue, row)

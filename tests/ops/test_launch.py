@@ -19,14 +19,19 @@ from hq_inductor.ops.kernels.linear import sums_bytes
 from hq_inductor.ops.kernels.shared import OVERRUN, SHARED_BYTES, TABLE_BYTES, buffer_bytes, row_bytes
 from hq_inductor.ops.kernels.warpgroup import ring_shape
 from hq_inductor.ops.launch import (
+    FUSED_BATCH,
+    MANY_COEFFICIENTS,
     RING_BATCH,
+    ROW_REGISTERS,
     TIGHT_REGISTERS,
     LinearLaunch,
     RingLaunch,
     decode_warps,
     even_parts,
     linear_launch,
+    many_coefficients,
     ring_warps,
+    row_launch,
 )
 from hq_inductor.ops.launch_table import Shape, batch_class, read_table, stored_launch, table_name, use_launches, write_table
 
@@ -276,3 +281,21 @@ def test_rings_where_there_are_none(device, table):
     device.capability = (8, 0)
     with pytest.warns(RuntimeWarning, match="the device has no kernel with a ring"):
         assert chosen(1, 640, 7) == linear_launch(1, 640, 7, 132, 64, False)
+
+
+@pytest.mark.parametrize("batch", [1, 64, 4096])
+@pytest.mark.parametrize(("block", "parts"), [(128, 1), (128, 4), (512, 1), (512, 4), (128, 16)])
+def test_rows_fit_registers(batch, block, parts):
+    """Whole blocks for every warp, a row in the registers of all; longer rows have no launch."""
+    longest = 16 * 32 * ROW_REGISTERS // (block * parts)
+    for tiles in range(1, longest + 1):
+        launch = row_launch(batch, tiles, block, parts)
+        assert launch.tiles in range(tiles, 2 * tiles) and launch.tiles.bit_count() == 1
+        assert launch.tiles * parts % launch.num_warps == 0
+        assert launch.tiles * parts * block <= launch.num_warps * 32 * ROW_REGISTERS
+    assert row_launch(batch, longest + 1, block, parts) is None
+
+
+def test_small_batches_are_rotated_tile_by_tile():
+    assert not many_coefficients(FUSED_BATCH, MANY_COEFFICIENTS)
+    assert many_coefficients(FUSED_BATCH + 1, MANY_COEFFICIENTS) and not many_coefficients(FUSED_BATCH + 1, 128)

@@ -11,6 +11,7 @@ Storage.     `q`, int8 `[tiles * TILE / 64, M_PAD, 64]`: the 64 coefficients of 
              one scale per row, `max_t |r_t| / 448`, |r_t| the Euclidean norm of a tile. No coefficient exceeds its tile's norm; the
              transform keeps the norm, so it is known before; and what it is above the largest coefficient (4 to 8 times) costs a
              floating point format no precision.
+             Few activations go tile by tile, by the kernels here; many, and e4m3, go row by row (`hq_inductor.ops.kernels.rotate_row`).
 ALIGNED.     Features and distances of rows are multiples of 16: loads of 16 bytes.
 """
 

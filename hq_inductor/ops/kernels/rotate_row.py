@@ -1,13 +1,15 @@
-"""A row of activations as e4m3, rotated, read from memory once.
+"""Rows of activations, rotated, each read from memory once: e4m3, and int8 and floating point where there are many.
 
-Definition.  As of `hq_inductor.ops.kernels.activations`: the scale of a row is the largest norm of its tiles / 448.
+Definition.  As of `hq_inductor.ops.kernels.activations`, values and storage.
 Invariants.  A program has a row in registers, all tiles of it, as `[BLOCKS, BLOCK]` with both padded to powers of two; a warp has whole
              blocks. A turn of the transform adds and subtracts coefficients whose numbers differ in a bit that is in a thread's registers;
              between turns, lanes of a warp exchange. No bit is due twice.
-Why.         The scale is not known before the end of a row is: two kernels, one for the scale, read the row twice. And it is instructions
-             that take the time. Triton, left alone, exchanges for one bit after the other, between all warps; with layouts of our own
-             (Gluon) 512 coefficients are exchanged once, and once more as bytes for the store.
-Cost.        About 23 instructions per coefficient of bf16 without a prologue where a thread has 64, derived from SASS (Triton 3.6, sm_90).
+Why.         The scale of e4m3 and a norm's statistics are not known before the end of a row is: program by tile, a row is read twice.
+             And of many rows it is instructions that take the time. Triton, left alone, exchanges for one bit after the other; with layouts
+             of our own (Gluon) 512 coefficients are exchanged once, and once more as bytes, for stores of 16 bytes. A thread has the same
+             columns of several blocks, whose signs it computes once.
+Cost.        23 instructions per coefficient of bf16 without a prologue where a thread has 64. Tile by tile 57 for int8; for e4m3 38, and 10
+             more for its scale (counted in SASS, Triton 3.6, sm_90).
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def check_case(lattice: str, bps: float, rows: int, columns: int, tile: int | No
     embedded = rotated * embed(torch.ones(1, columns, dtype=torch.int8), "a2", torch.float64) if lattice == "a2" else rotated
     # whole rows at a time, then tiles, as few of them are
     for many in (True, False):
-        with mock.patch.object(fused, "many_coefficients", lambda *shape, many=many: many):
+        with mock.patch.object(fused, "_whole_rows", return_value=many):
             q, scale, counters = rotate_quantize(x, pre_scale, layout, tiles, 3, padded, 5, ring=ring)
             plain, _ = rotate(x, pre_scale, layout, tiles, 3, torch.float32)
             plain_q, plain_scale = rotate(x, pre_scale, layout, tiles, 3, torch.int8)

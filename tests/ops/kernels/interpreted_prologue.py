@@ -10,7 +10,9 @@ import torch
 import triton
 
 from hq_inductor import HyperQuantTensor
+from hq_inductor.format.codes import codes_layout
 from hq_inductor.format.hadamard import hadamard_block, hadamard_ref
+from hq_inductor.format.lattice import embed
 from hq_inductor.format.layout import TileLayout
 from hq_inductor.format.mma import E4M3_MAX, fp8_scale
 from hq_inductor.format.rates import weight_layout
@@ -51,7 +53,7 @@ def check(name: str, features: int, dtype: torch.dtype) -> None:
     # a value within an fp32 error of the middle between two of the dtype may be rounded the other way, and the transform spreads it
     bound = 4e-6 * expected.abs().max() if dtype == torch.float32 else torch.finfo(dtype).eps * activations.abs().max()
     for many in (True, False) if features < LONG else ():
-        with mock.patch.object(fused, "many_coefficients", lambda *shape, many=many: many):
+        with mock.patch.object(fused, "_whole_rows", return_value=many):
             found, _ = rotate(x, pre_scale, layout, tiles, 3, torch.float32, prologue)
             q, scale, _ = rotate_quantize(x, pre_scale, layout, tiles, 3, 8, 0, prologue)
         assert (found.double() - expected).abs().max() <= bound
@@ -72,6 +74,24 @@ def check_fp8(found: torch.Tensor, scale: torch.Tensor, expected: torch.Tensor, 
     assert stays.double().mean() > 0.8
     off = (found.double() - exact).abs() - exact.abs() / 15.9 - 2**-9 - bound / scale[:, None]
     assert found.shape == exact.shape and (off[stays] <= 0).all()
+
+
+def check_rows(tile: int, tiles: int, features: int) -> None:
+    """Whole rows of tiles of any shape, of elements whose squares overflow or vanish."""
+    layout = codes_layout("a2", tile)
+    for magnitude in (1.0, 1e25, 1e-25):
+        x = torch.randn(2, features) * magnitude
+        x[1, : features // 2] = 0
+        padded = torch.nn.functional.pad(x.double(), (0, tiles * tile - features))
+        expected = hadamard_ref(padded, hadamard_block(tile), 3)
+        check_fp8(*rotate(x, None, layout, tiles, 3, torch.float8_e4m3fn), expected, tile, 1e-6 * expected.abs().max().item())
+        with mock.patch.object(fused, "_whole_rows", return_value=True):
+            q, scale = rotate(x, None, layout, tiles, 3, torch.int8)
+        expected *= embed(torch.ones(1, tiles * tile, dtype=torch.int8), "a2", torch.float64)
+        step = scale.double().t().repeat_interleave(tile, 1)
+        assert ((q * step - expected).abs() <= 0.501 * step).all()
+        assert ((q == 0) | (step > 0)).all() and (step[1] == 0).sum() == tile * (features // 2 // tile)
+    print("ok rows", tile)
 
 
 def check_siblings() -> None:
@@ -103,6 +123,8 @@ def main() -> None:
     for name in ("layer_norm", "silu_mul"):
         check(name, LONG, torch.float16)
         print("ok long", name)
+    for shape in ((128, 3, 300), (384, 7, 2688), (512, 5, 2500), (1536, 2, 2999), (1024, 2, 2048), (1408, 3, 4224)):
+        check_rows(*shape)
     check_siblings()
     print("ok siblings")
 

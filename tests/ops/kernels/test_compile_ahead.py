@@ -212,7 +212,7 @@ def test_fp8_scale(prologue, tmp_path):
     [
         (90, "none", 512, 28, "fp8e4nv", None),
         (90, "layer_norm_1p", 512, 8, "fp8e4nv", None),
-        (90, "gelu_mul", 5504, 2, "fp8e4nv", None),
+        (90, "gelu_mul", 1408, 8, "fp8e4nv", None),
         (100, "rms_norm", 384, 9, "fp8e4nv", None),
         (80, "rms_norm_cast", 512, 8, "bf16", None),
         (90, "layer_norm", 1536, 3, "i8", None),
@@ -220,6 +220,7 @@ def test_fp8_scale(prologue, tmp_path):
         (80, "silu_mul", 512, 28, "i8", 0),
         (90, "none", 384, 9, "i8", 64),
         (90, "rms_norm", 512, 28, "i8", 64),
+        (90, "none", 512, 8, "fp8e4nv", 64),
     ],
 )
 def test_rotate_row(capability, prologue, tile, tiles, out, ring, tmp_path):

@@ -9,7 +9,7 @@ from hq_inductor.ops.kernels.rotate_row import STORE, is_due, layout_of, turns_o
 
 @pytest.mark.parametrize("num_warps", [1, 4])
 @pytest.mark.parametrize("blocks", [1, 2, 4, 16])
-@pytest.mark.parametrize("block", [128, 256, 512, 2048])
+@pytest.mark.parametrize("block", [128, 256, 512, 1024])
 def test_layouts(block, blocks, num_warps):
     shape = (blocks * num_warps, block, num_warps)
     turns = turns_of(*shape)
