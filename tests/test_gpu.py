@@ -92,6 +92,43 @@ def test_fused_linear_shapes(lattice, rows, columns, tile):
         assert (found - exact).abs().max() / exact.abs().max() < torch.finfo(torch.bfloat16).eps
 
 
+# (columns, splits, warps, registers, cluster): one part, parts that meet in global memory, parts that meet in a cluster
+RINGS = [(64, 1, 8, 128, False), (64, 3, 8, 128, False), (64, 8, 8, 128, True), (96, 4, 4, 0, True), (128, 2, 4, 0, True)]
+FP8_RINGS = [(16, 2, 8, 128, True), (128, 3, 4, 0, False), (256, 1, 8, 0, False), (256, 4, 8, 0, False), (256, 2, 8, 0, True)]
+
+
+@pytest.mark.parametrize("with_more", [False, True])
+@pytest.mark.parametrize("shape", [*RINGS, *((*shape, True) for shape in FP8_RINGS)], ids=str)
+def test_every_ring(shape, with_more):
+    """Rows that fill no block, or whole ones with bias and residual, which are read and written by four; outputs poisoned before."""
+    from hq_inductor.ops.fused import decode, fused_linear, rotate
+    from hq_inductor.ops.launch import RingLaunch, ring_products
+
+    if not ring_products(torch.device("cuda", torch.cuda.current_device())):
+        pytest.skip("needs sm_90")
+    launch = RingLaunch(*shape)
+    rows, batch, dtype = (512, launch.columns + 1, torch.float16) if with_more else (203, launch.columns - 3, torch.float32)
+    weight = HyperQuantTensor.from_hp(torch.randn(rows, 4096, device="cuda"), mma="int8", seed=2)
+    layout = TileLayout("e8", weight.tile, weight.code, weight.qdata.shape[-1])
+    x = torch.randn(batch, 4096, device="cuda").to(dtype)
+    bias = torch.randn(rows, device="cuda").to(dtype) if with_more else None
+    residual = torch.randn(batch, rows, device="cuda").to(dtype) if with_more else None
+    if launch.fp8:
+        q, x_scale = rotate(x, None, layout, weight.qdata.shape[1], 2, torch.float8_e4m3fn)
+        rounded, row_scale = decode(weight.qdata, layout, torch.float8_e4m3fn, row_scale=True)
+        exact = (q.double() * x_scale.double()[:, None]) @ (rounded.double() * row_scale.double()[:, None]).t()
+    else:
+        exact = int8_linear_in_double(x, weight)
+    size = exact.abs().max()
+    if with_more:
+        exact = exact + bias.double() + residual.double()
+    torch.full((batch, rows), torch.nan, dtype=dtype, device="cuda")
+    found = fused_linear(x, weight.qdata, None, bias, layout, 2, launch, residual, fp8=launch.fp8).double()
+    # tensor cores keep some 14 bits of sums of e4m3
+    bound = 2e-3 if launch.fp8 else 2e-6
+    assert ((found - exact).abs().max() / size) < max(bound, 2 * torch.finfo(torch.float16).eps if with_more else 0)
+
+
 @pytest.mark.parametrize(
     ("lattice", "rows", "columns", "tile"),
     [*((lattice, 1000, 4096, None) for lattice in LATTICES), ("e8", 33, 896, 896), ("a2", 300, 384, 128)],

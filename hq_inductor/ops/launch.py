@@ -21,12 +21,12 @@ RING_REGISTERS = {64: 128, 96: 0, 128: 0}
 FP8_REGISTERS = {16: 128, 32: 128, 64: 128, 128: 0, 256: 0}
 # blocks of a cluster, and the share of a device's slots that clusters of so many find room in (H200: 264 of 264, 248, 240)
 CLUSTER_SHARE = {1: 1.0, 2: 1.0, 4: 0.94, 8: 0.91}
-# of the kernel with a ring, in microseconds on an H200: a tile, by columns; a block's start and end; parts that meet in global memory; each
-# block that another one of its cluster meets
+# of the kernel with a ring, in microseconds on an H200: a tile, by columns; a block's start and end; parts that meet in global memory, with
+# up to so many columns; each block that another one of its cluster meets
 RING_TILE = {64: 6.0, 96: 3.9, 128: 3.9}
 FP8_TILE = {16: 5.0, 32: 5.2, 64: 6.0, 128: 4.5, 256: 5.6}
-RING_START, MEMORY_MEETING, CLUSTER_MEETING = 5.0, 5.5, 0.2
-# three of them, and how much longer a tile takes then
+RING_START, MEMORY_MEETING, CLUSTER_MEETING = 5.0, {128: 5.5, 256: 13.0}, 0.2
+# registers for three blocks, and how much longer a tile takes then
 TIGHT_REGISTERS = 80
 TIGHT_TURN = 1.45
 # what runs cost on top, in tiles that a warp decodes one after the other
@@ -172,16 +172,17 @@ def even_parts(tiles: int, parts: int) -> int:
     return -(-tiles // -(-tiles // parts))
 
 
-def ring_parts(tiles: int, blocks: int, slots: int, tile: float) -> tuple[int, bool]:
+def ring_parts(tiles: int, blocks: int, slots: int, tile: float, meet: float) -> tuple[int, bool]:
     """Parts that the tiles of a row are split into, and whether they meet in a cluster: what takes the least time.
 
-    `blocks`: without parts; `slots`: blocks that a device has room for; `tile`: microseconds.
+    `blocks`: without parts; `slots`: blocks that a device has room for; `tile`, `meet`: microseconds that a tile takes, and a meeting in
+    global memory.
     """
 
     def time(option: tuple[int, bool]) -> float:
         parts, cluster = option
         rounds = -(-blocks * parts // int(slots * (CLUSTER_SHARE[parts] if cluster else 1)))
-        meeting = CLUSTER_MEETING * parts if cluster else MEMORY_MEETING if parts > 1 else 0.0
+        meeting = CLUSTER_MEETING * parts if cluster else meet if parts > 1 else 0.0
         return rounds * (RING_START + -(-tiles // parts) * tile) + meeting
 
     options = [(1, False), (even_parts(tiles, slots // blocks), False), *((parts, True) for parts in (2, 4, 8) if parts <= tiles)]
@@ -235,7 +236,8 @@ def _ring_launch(batch: int, rows: int, tiles: int, processors: int, row_bytes: 
     columns = next((c for c in registers if batch <= c), max(registers))
     num_warps = decode_warps(row_bytes) if columns <= 64 or columns == 256 else 4
     blocks = -(-rows // (WARP_ROWS * num_warps)) * -(-batch // columns)
-    splits, cluster = ring_parts(tiles, blocks, processors * ring_warps(columns) // num_warps, tile[columns])
+    meet = next(time for most, time in MEMORY_MEETING.items() if columns <= most)
+    splits, cluster = ring_parts(tiles, blocks, processors * ring_warps(columns) // num_warps, tile[columns], meet)
     if cluster and columns == 64:
         # small blocks find places more evenly
         num_warps = 4

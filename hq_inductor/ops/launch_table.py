@@ -29,6 +29,8 @@ from .launch import REGISTERS, RING_REGISTERS, LinearLaunch, RingLaunch, decode_
 FORMAT = 1
 DIRECTORY = Path(__file__).parent / "launches"
 KINDS = {"linear": LinearLaunch, "ring": RingLaunch}
+# fields that are true or false
+FLAGS = ("cluster",)
 # about a file, as text
 ABOUT = ("device", "torch", "triton", "date", "command")
 # bounds of a launch's `registers`, unless it is 0: far below what any of the kernels takes, and the most that a thread has
@@ -130,10 +132,19 @@ def _read_entry(entry: object, ring: bool) -> tuple[Shape, LinearLaunch | RingLa
     fields = entry[kind]
     if not isinstance(fields, dict):
         raise ValueError(f"{kind} must be an object")
-    _check_fields(kind, fields, [field.name for field in dataclasses.fields(KINDS[kind])])
-    launch = KINDS[kind](**_integers(fields))
+    _check_fields(kind, fields, _stored(KINDS[kind]))
+    flags = {name: value for name, value in fields.items() if name in FLAGS}
+    for name, value in flags.items():
+        if type(value) is not bool:
+            raise ValueError(f"{name} must be true or false, got {value!r}")
+    launch = KINDS[kind](**_integers({name: value for name, value in fields.items() if name not in FLAGS}), **flags)
     check_launch(shape, launch, ring)
     return shape, launch
+
+
+def _stored(kind: type[LinearLaunch | RingLaunch]) -> list[str]:
+    """Fields of a launch in a file, which has launches of int8 products only."""
+    return [field.name for field in dataclasses.fields(kind) if field.name != "fp8"]
 
 
 def _check_fields(what: str, found: Mapping, expected) -> None:
@@ -185,7 +196,10 @@ def write_table(path: str | Path, about: Mapping[str, str], entries: Mapping[Sha
     lines = []
     for shape, (launch, gain) in sorted(entries.items(), key=lambda entry: entry[0]):
         kind = "ring" if isinstance(launch, RingLaunch) else "linear"
-        lines.append("\n    " + json.dumps({**shape._asdict(), kind: dataclasses.asdict(launch), "gain": round(gain, 3)}))
+        lines.append(
+            "\n    "
+            + json.dumps({**shape._asdict(), kind: {name: getattr(launch, name) for name in _stored(type(launch))}, "gain": round(gain, 3)})
+        )
     head = "".join(f"  {json.dumps(name)}: {json.dumps(value)},\n" for name, value in {"format": FORMAT, **about}.items())
     text = f'{{\n{head}  "entries": [{",".join(lines)}\n  ]\n}}\n'
     Path(path).write_text(text, encoding="utf-8")

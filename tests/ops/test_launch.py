@@ -1,5 +1,6 @@
 """Launches: what they promise of a multiprocessor's registers and shared memory, for every format and batch; tables of stored ones."""
 
+import itertools
 import json
 import warnings
 from types import SimpleNamespace
@@ -16,9 +17,11 @@ from hq_inductor.ops import launch as launch_module
 from hq_inductor.ops import launch_table
 from hq_inductor.ops.fused import _default_launch, stages_tiles
 from hq_inductor.ops.kernels.linear import sums_bytes
+from hq_inductor.ops.kernels.ring_output import output_bytes
 from hq_inductor.ops.kernels.shared import OVERRUN, SHARED_BYTES, TABLE_BYTES, buffer_bytes, row_bytes
 from hq_inductor.ops.kernels.warpgroup import ring_shape
 from hq_inductor.ops.launch import (
+    CLUSTER_SHARE,
     FUSED_BATCH,
     MANY_COEFFICIENTS,
     RING_BATCH,
@@ -28,8 +31,10 @@ from hq_inductor.ops.launch import (
     RingLaunch,
     decode_warps,
     even_parts,
+    fp8_launch,
     linear_launch,
     many_coefficients,
+    ring_parts,
     ring_warps,
     row_launch,
 )
@@ -45,16 +50,21 @@ LAYOUTS = [
 @pytest.mark.parametrize("rows", [200, 4096, 28672])
 def test_rings_have_room(rows):
     for layout in LAYOUTS:
-        for batch in (33, 64, 65, 96, 97, 128, 129, RING_BATCH):
+        for batch, fp8 in itertools.product((1, 33, 64, 65, 96, 97, 128, 129, RING_BATCH), (False, True)):
+            if batch == 1 and not fp8:
+                continue
             stream = row_bytes(layout.stream_words)
-            launch = linear_launch(batch, rows, 8, 132, stream, True)
-            assert isinstance(launch, RingLaunch) and (batch <= launch.columns or launch.columns == 128) and 1 <= launch.splits <= 8
+            launch = fp8_launch(batch, rows, 8, 132, stream) if fp8 else linear_launch(batch, rows, 8, 132, stream, True)
+            assert isinstance(launch, RingLaunch) and launch.fp8 == fp8
+            assert (batch <= launch.columns or launch.columns == 128) and 1 <= launch.splits <= 8
             blocks = ring_warps(launch.columns) // launch.num_warps
             steps, stages, staged, kilobytes = ring_shape(
-                launch.columns, launch.num_warps, blocks, layout.words, stream, stages_tiles(layout)
+                launch.columns, launch.num_warps, blocks, layout.words, stream, stages_tiles(layout), launch.fp8
             )
             assert steps in (1, 2, 4) and 3 <= stages <= 4
-            warp = 2 * 16 * (4 * layout.words + 16) + 8 * launch.columns if staged else buffer_bytes(stream)
+            scales = 0 if fp8 else 8 * launch.columns
+            warp = 2 * 16 * (4 * layout.words + 16) + scales if staged else buffer_bytes(stream)
+            assert TABLE_BYTES.value + output_bytes(launch.columns, 16 * launch.num_warps) <= 1024 * kilobytes
             assert TABLE_BYTES.value + launch.num_warps * warp + 32 * steps * stages * launch.columns + 16 * stages <= 1024 * kilobytes
             assert blocks * (kilobytes + 1) <= SHARED_KB
             assert blocks * launch.num_warps * 32 * launch.registers <= REGISTERS
@@ -99,7 +109,7 @@ def test_waves_and_runs():
 
 def test_no_room_for_a_ring():
     with pytest.raises(ValueError, match="columns must be fewer for 2 blocks of 8 warps"):
-        ring_shape(1024, 8, 2, 64, 64, True)
+        ring_shape(1024, 8, 2, 64, 64, True, False)
 
 
 def test_stray_decoders_stay_in_shared_memory():
@@ -109,6 +119,25 @@ def test_stray_decoders_stay_in_shared_memory():
         vectors = layout.tile // 32  # of a lane
         assert vectors * 31 // 8 + 12 <= OVERRUN <= TABLE_BYTES.value
         assert TABLE_BYTES.value + decode_warps(stream) * buffer_bytes(stream) + OVERRUN <= SHARED_BYTES.value
+
+
+def test_parts_of_a_ring():
+    """Clusters where they find room together, global memory where they do not; parts only where they save time."""
+
+    def parts(rows, columns, batch=64):
+        launch = linear_launch(batch, rows, columns // 512, 132, 64, True)
+        return launch.splits, launch.cluster
+
+    assert parts(6144, 4096) == (4, True)
+    assert parts(14336, 4096) == (2, True)
+    assert parts(8192, 8192, 128) == (2, True)
+    # 32 clusters of 8 blocks would need every slot there is
+    assert parts(4096, 4096) == (8, False)
+    assert parts(28672, 8192) == (1, False)
+    for tiles in (1, 2, 7, 28):
+        for blocks in (1, 10, 64, 300):
+            splits, cluster = ring_parts(tiles, blocks, 264, 5.0, 5.5)
+            assert 1 <= splits <= tiles and (not cluster or splits in CLUSTER_SHARE)
 
 
 def test_parts_are_even():
@@ -124,6 +153,8 @@ def test_parts_are_even():
         ((RingLaunch, 8, 1, 2), "a ring takes 4 or 8 warps"),
         ((RingLaunch, 24, 1, 4), "multiple of 16, got 4 and 24"),
         ((RingLaunch, 64, 0, 4), "splits must be at least 1"),
+        ((RingLaunch, 64, 3, 4, 0, True), "1, 2, 4 or 8 for a cluster, got 3"),
+        ((RingLaunch, 256, 1, 8), "columns must be a multiple of 8 from 8 to 128, got 256"),
         ((LinearLaunch, 12, 1, 8), "columns must be a multiple of 8"),
         ((LinearLaunch, 8, 0, 8), "blocks must be at least 1"),
         ((LinearLaunch, 8, 1, 3), "num_warps must be 1, 2, 4 or 8"),
@@ -141,7 +172,8 @@ PROCESSORS = {"NVIDIA H200": 132}
 CUDA = torch.device("cuda", 0)
 ABOUT = dict.fromkeys(launch_table.ABOUT, "")
 SHAPE = Shape(8, 640, 7, 64)
-LINEAR, RING = LinearLaunch(8, 11, 8, 4, 96), RingLaunch(64, 7, 8, 128)
+LINEAR, RING = LinearLaunch(8, 11, 8, 4, 96), RingLaunch(64, 4, 8, 128, True)
+FIELDS = {"columns": 64, "splits": 4, "num_warps": 8, "registers": 128, "cluster": True}
 ENTRIES = {SHAPE._replace(batch=64): (RING, 1.5), SHAPE: (LINEAR, 1.0312)}
 
 
@@ -237,7 +269,8 @@ def test_what_is_no_table_is_not_used(table, tmp_path):
 
 
 def entry(kind="linear", gain=1.1, launch=LINEAR, **fields):
-    fields = {**SHAPE._asdict(), kind: vars(launch), "gain": gain, **fields}
+    stored = {name: value for name, value in vars(launch).items() if name != "fp8"}
+    fields = {**SHAPE._asdict(), kind: stored, "gain": gain, **fields}
     return json.dumps({"format": 1, **ABOUT, "entries": [{name: value for name, value in fields.items() if value is not None}]})
 
 
@@ -263,6 +296,7 @@ def entry(kind="linear", gain=1.1, launch=LINEAR, **fields):
         (entry(row_bytes=128), "num_warps must be at most 4 for row_bytes 128, got 8"),
         (entry(launch=LinearLaunch(8, 11, 8, 4, 256)), "registers must be 0 or from 32 to 255, got 256"),
         (entry("ring", launch=RingLaunch(64, 8, 8)), "splits must be at most the 7 tiles, got 8"),
+        (entry("ring", ring={**FIELDS, "cluster": 1}), "cluster must be true or false, got 1"),
         (entry("ring", launch=RingLaunch(64, 1, 8), row_bytes=128), "num_warps must be at most 4"),
         (entry().replace("[{", "[{}, {"), "entry {}: it must have the fields"),
         (entry().replace("]", entry().partition("[")[2].replace("{", ", {", 1).partition("]")[0] + "]"), "it is there twice"),

@@ -83,19 +83,30 @@ def row_divisors(words_ptr, strip, r, j, N, tiles, WORDS: tl.constexpr, RAW: tl.
 
 @triton.jit
 def stage_stream(
-    words_ptr, strip, t, N, tiles, lane, address, RAW: tl.constexpr, WORDS: tl.constexpr, ROW_BYTES: tl.constexpr, ALIGNED: tl.constexpr
+    words_ptr,
+    strip,
+    t,
+    N,
+    tiles,
+    lane,
+    address,
+    RAW: tl.constexpr,
+    WORDS: tl.constexpr,
+    ROW_BYTES: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PIECE: tl.constexpr = 16,
 ):
-    """Start copying the stream planes of 16 rows' tile `t` to a buffer."""
+    """Start copying the stream planes of 16 rows' tile `t` to a buffer, if ALIGNED in pieces of so many bytes."""
     STREAM: tl.constexpr = WORDS - RAW
     if ALIGNED:
-        CHUNKS: tl.constexpr = STREAM // 4
+        CHUNKS: tl.constexpr = 4 * STREAM // PIECE
         for step in tl.static_range(0, (16 * CHUNKS + 31) // 32):
             index = step * 32 + lane
             # past the last row: the same bytes again
             row = tl.minimum(index // CHUNKS, 15)
-            offset = 16 * (index % CHUNKS)
+            offset = PIECE * (index % CHUNKS)
             source = words_ptr + tile_offset(strip, row, t, N, tiles, WORDS) + (RAW + offset // 4)
-            copy_async(address + row * (ROW_BYTES + ROW_GAP) + offset, source, 16)
+            copy_async(address + row * (ROW_BYTES + ROW_GAP) + offset, source, PIECE)
     else:
         word = tl.minimum(lane, STREAM - 1)
         for row in tl.static_range(0, 16):

@@ -258,6 +258,8 @@ def linear_kernel(
     x_row = (m0 + r) * 64 + j * 16
     # of a warp: two buffers, used in turns
     BUFFER: tl.constexpr = 16 * (ROW_BYTES + ROW_GAP)
+    # measured: with 16 columns the larger ones are 5 % slower, else 2 to 8 % faster
+    PIECE: tl.constexpr = 8 if COLUMNS == 16 else 16
     table_address = thread * 0
     buffers = thread * 0
     sums_address = thread * 0
@@ -268,7 +270,7 @@ def linear_kernel(
         buffers = table_address + TABLE_BYTES + warp * staged
         sums_address = table_address + (TABLE_BYTES + NUM_WARPS * staged)
         if ROW_BYTES > 0:
-            stage_stream(words_ptr, strip, t, N, tiles, lane, buffers, RAW, WORDS, ROW_BYTES, ALIGNED)
+            stage_stream(words_ptr, strip, t, N, tiles, lane, buffers, RAW, WORDS, ROW_BYTES, ALIGNED, PIECE)
     tile_u = tile_offset(strip, r, t, N, tiles, WORDS)
     tile_v = tile_offset(strip, r + 8, t, N, tiles, WORDS)
     if CHUNKED:
@@ -307,7 +309,9 @@ def linear_kernel(
             bits_u = (buffers + (buffer * BUFFER + r * (ROW_BYTES + ROW_GAP))) * 8
             bits_v = bits_u + 8 * 8 * (ROW_BYTES + ROW_GAP)
             buffer = 1 - buffer
-            stage_stream(next_words_ptr, next_strip, next_t, next_N, tiles, lane, buffers + buffer * BUFFER, RAW, WORDS, ROW_BYTES, ALIGNED)
+            stage_stream(
+                next_words_ptr, next_strip, next_t, next_N, tiles, lane, buffers + buffer * BUFFER, RAW, WORDS, ROW_BYTES, ALIGNED, PIECE
+            )
         inside = tl.minimum(t, tiles - 1)
         column_ptr = act_scale_ptr + inside * M_PAD + m0 + 2 * j
         column_scales = ()

@@ -57,13 +57,22 @@ if INTERPRETED:
         return tl.reshape(tl.broadcast_to(tl.max(quads, 1)[:, None], quads.shape), x.shape)
 
     @triton.jit
+    def _e4m3_bits(value):
+        """fp32 as e4m3, ties to even, saturated; the interpreter's own conversion rounds otherwise (Triton 3.9)."""
+        size = tl.minimum(tl.abs(value), 448.0)
+        unit = tl.exp2(tl.maximum(tl.floor(tl.log2(tl.maximum(size, 2.0**-9))), -6.0) - 3.0)
+        size = ((size / unit + 12582912.0) - 12582912.0) * unit
+        exponent = tl.maximum(tl.floor(tl.log2(tl.maximum(size, 2.0**-9))), -6.0)
+        # subnormals have no leading bit
+        bits = (size * tl.exp2(3.0 - exponent)).to(tl.int32) + (exponent.to(tl.int32) + 6) * 8
+        return bits | tl.where(value < 0, 128, 0)
+
+    @triton.jit
     def codes_to_e4m3(codes, scales):
         word = codes * 0
         for i in tl.static_range(4):
             value = (_byte(codes, i).to(tl.float32) * _to_float(scales, i % 2, tl.float16)).to(tl.float16).to(tl.float32)
-            # the device saturates
-            value = tl.minimum(tl.maximum(value, -448.0), 448.0).to(tl.float8e4nv)
-            word = word | ((value.to(tl.int8, bitcast=True).to(tl.int32) & 0xFF) << (8 * i))
+            word = word | (_e4m3_bits(value) << (8 * i))
         return word
 
     @triton.jit

@@ -41,6 +41,11 @@ CASES = [
     ("e8", 3.5, 20, 256, None, 18, RingLaunch(16, 1, 4)),
     ("d4", 3.0, 20, 256, 128, 2, RingLaunch(8, 1, 4)),
 ]
+# products of e4m3
+FP8_CASES = [
+    ("e8", 4.0, 20, 256, 128, 3, RingLaunch(8, 2, 4, fp8=True)),
+    ("a2", 3.0, 70, 256, 256, 9, RingLaunch(16, 1, 4, fp8=True)),
+]
 
 
 def unpack(q: torch.Tensor, scale: torch.Tensor, tile: int, ring: bool) -> torch.Tensor:
@@ -110,6 +115,28 @@ def check_case(lattice: str, bps: float, rows: int, columns: int, tile: int | No
     assert decode(noise, layout, torch.float32)[0].isfinite().all()
 
 
+def check_fp8_case(lattice: str, bps: float, rows: int, columns: int, tile: int, batch: int, launch: RingLaunch) -> None:
+    """Products of e4m3 against those of operands as the definition has them; activations as the kernel before rounded them."""
+    weight = HyperQuantTensor.from_hp(torch.randn(rows, columns), bps=bps, lattice=lattice, tile=tile, seed=3)
+    words = weight.qdata
+    layout = TileLayout(lattice, weight.tile, weight.code, words.shape[-1])
+    tiles = words.shape[1]
+    x, bias = torch.randn(batch, columns).to(torch.float16), torch.randn(rows)
+    padded = -(-batch // launch.columns) * launch.columns
+    q, x_scale, _ = rotate_quantize(x, None, layout, tiles, 3, padded, 0, ring=launch.columns, fp8=True)
+    codes, scales = ops.rice_decode(words, lattice, layout.tile, layout.code)
+    row_scale = scales.amax(1) * (layout.largest_value / E4M3_MAX)
+    factor = (scales / row_scale[:, None]).repeat_interleave(layout.tile, 1)
+    factor *= embed(torch.ones(1, columns, dtype=torch.int8), lattice, torch.float32) if lattice == "a2" else 1
+    # halves first, as the kernel has them
+    rounded = (codes.to(torch.float16) * factor.to(torch.float16)).to(torch.float8_e4m3fn)
+    rows_of_x = q.float().view(padded // launch.columns, -1, 2, launch.columns, 4, 4).permute(0, 3, 1, 4, 2, 5).reshape(padded, -1)
+    exact = rows_of_x[:batch].double() @ rounded.double().t() * x_scale[:batch, None].double() * row_scale.double() + bias.double()
+    out = fused_linear(x, words, None, bias, layout, 3, launch, fp8=True)
+    error = (out.double() - exact).abs().max() / exact.abs().max()
+    assert error <= torch.finfo(torch.float16).eps, error
+
+
 def check_siblings(counts: tuple[int, ...], blocks: int, with_bias: bool) -> None:
     """Weights that share a launch give what each gives alone; the residual is added last."""
     weights = [HyperQuantTensor.from_hp(torch.randn(rows, 256), bps=3.5) for rows in counts]
@@ -133,6 +160,9 @@ def main() -> None:
     check_siblings((20, 16, 7, 40), 3, True)
     for case in CASES:
         check_case(*case)
+        print("ok", *case)
+    for case in FP8_CASES:
+        check_fp8_case(*case)
         print("ok", *case)
 
 

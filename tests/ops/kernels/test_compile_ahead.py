@@ -23,7 +23,7 @@ from hq_inductor.ops.kernels.matmul import int8_matmul_kernel  # noqa: E402
 from hq_inductor.ops.kernels.rotate_row import rotate_row_kernel  # noqa: E402
 from hq_inductor.ops.kernels.shared import row_bytes  # noqa: E402
 from hq_inductor.ops.kernels.warpgroup import ring_shape  # noqa: E402
-from hq_inductor.ops.launch import REGISTERS, TIGHT_REGISTERS, RingLaunch, linear_launch, matmul_launch, ring_warps, row_launch  # noqa: E402
+from hq_inductor.ops.launch import REGISTERS, TIGHT_REGISTERS, RingLaunch, fp8_launch, linear_launch, matmul_launch, ring_warps, row_launch  # noqa: E402
 from hq_inductor.ops.prologue import LAYER_NORMS, NORMS, PROLOGUES  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -124,20 +124,40 @@ def test_linear(capability, lattice, bps, columns, registers, siblings, sharing,
     assert used <= (registers or 128) and shared <= 49152 + 1024
 
 
-@pytest.mark.parametrize(("lattice", "bps", "columns"), [("e8", 4.0, 64), ("e8", 4.0, 128), ("e8", 5.0, 64), ("d4", 3.0, 96)])
-def test_linear_with_a_ring(lattice, bps, columns, tmp_path):
+@pytest.mark.parametrize(
+    ("lattice", "bps", "columns", "rows", "fp8"),
+    [
+        ("e8", 4.0, 64, 4096, False),
+        ("e8", 4.0, 64, 6144, False),
+        ("e8", 4.0, 128, 4096, False),
+        ("e8", 5.0, 64, 4096, False),
+        ("d4", 3.0, 96, 4096, False),
+        ("e8", 4.0, 256, 4096, True),
+        ("e8", 3.5, 256, 28672, True),
+        ("a2", 4.0, 16, 6144, True),
+    ],
+)
+def test_linear_with_a_ring(lattice, bps, columns, rows, fp8, tmp_path):
     constants, _ = layout_constants(lattice, bps)
     layout = weight_layout(4096, bps, lattice).tile
-    launch = linear_launch(columns, 4096, 8, 132, constants["ROW_BYTES"], True)
+    stream = constants["ROW_BYTES"]
+    launch = fp8_launch(columns, rows, 8, 132, stream) if fp8 else linear_launch(columns, rows, 8, 132, stream, True)
     assert isinstance(launch, RingLaunch) and launch.columns == columns
     blocks = ring_warps(columns) // launch.num_warps
-    shape = ring_shape(columns, launch.num_warps, blocks, layout.words, constants["ROW_BYTES"], stages_tiles(layout))
+    shape = ring_shape(columns, launch.num_warps, blocks, layout.words, stream, stages_tiles(layout), fp8)
     steps, stages, staged, kilobytes = shape
-    constants |= {"COLUMNS": columns, "SPLIT": True, "HAS_BIAS": True, "NUM_WARPS": launch.num_warps, "PDL": True, "HAS_RESIDUAL": True}
+    parts = launch.splits if launch.cluster else 1
+    constants |= {"COLUMNS": columns, "FP8": fp8, "LARGEST": layout.largest_value, "SPLIT": launch.splits > parts, "PARTS": parts}
+    constants |= {"HAS_BIAS": True, "HAS_RESIDUAL": True, "VECTOR": True, "NUM_WARPS": launch.num_warps, "PDL": True}
     constants |= {"SIBLINGS": 2, "STEPS": steps, "STAGES": stages, "STAGED": staged, "SHARED_KB": kilobytes}
     options = {"maxnreg": launch.registers} if launch.registers else {}
-    sass, used, shared = compile_ahead(ring_linear_kernel, LINEAR, constants, 90, launch.num_warps, tmp_path, GluonASTSource, **options)
-    assert f"IGMMA.64x{columns}x32" in sass and "UBLKCP" in sass
+    if parts > 1:
+        options["num_ctas"] = parts
+    signature = LINEAR | ({"x_ptr": "*fp8e4nv"} if fp8 else {})
+    sass, used, shared = compile_ahead(ring_linear_kernel, signature, constants, 90, launch.num_warps, tmp_path, GluonASTSource, **options)
+    assert f"{'Q' if fp8 else 'I'}GMMA.64x{columns}x32" in sass and "UBLKCP" in sass
+    # blocks of a cluster wait for each other, and read each other's shared memory
+    assert ("UCGABAR" in sass) == (parts > 1)
     spills = sass.count("LDL") + sass.count("STL")
     assert spills <= sass.count(";") // 50, f"{spills} spilled registers"
     # registers and shared memory of the blocks that are to live on a multiprocessor together
