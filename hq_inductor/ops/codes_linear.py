@@ -87,7 +87,9 @@ def _codes_linear_cuda(
 ) -> torch.Tensor:
     if x.dtype == torch.float64:
         return _codes_linear(x, qdata, scale, act_pre_scale, bias, lattice, seed, mma)
-    from .fused import int8_matmul, rotate  # Triton is there on Linux only, and takes its time to import
+    # Triton is there on Linux only, and takes its time to import
+    from .fused import int8_matmul
+    from .fused_rotation import rotate
 
     layout = _check(x, qdata, scale, act_pre_scale, lattice, mma, x.shape[-1])
     rows, tiles, _ = qdata.shape

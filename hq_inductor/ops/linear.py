@@ -133,7 +133,7 @@ def takes_fused_fp8(mma: str, x: torch.Tensor, layout: TileLayout, tiles: int) -
     """Whether the fused CUDA kernel multiplies activations `[M, K]` as e4m3."""
     if mma != "fp8" or x.dtype == torch.float32 or not 0 < x.shape[0] <= RING_BATCH or not ring_products(x.device):
         return False
-    from .fused import fp8_rows_fit  # Triton is there on Linux only
+    from .fused_rotation import fp8_rows_fit  # Triton is there on Linux only
 
     return fp8_rows_fit(x, layout, tiles)
 
@@ -177,7 +177,8 @@ def library_linear(
     prologue: Prologue = NO_PROLOGUE,
 ) -> torch.Tensor:
     """On CUDA, `[M, sum N]` for activations `[M, K]`: rotate once, decode the siblings one below the other, one product."""
-    from .fused import decode, int8_matmul, rotate
+    from .fused import decode, int8_matmul
+    from .fused_rotation import rotate
 
     rows, tiles, batch = [q.shape[0] for q in qdata], qdata[0].shape[1], x.shape[0]
     # a scale of nvfp4 is the whole weight's, so siblings cannot be rounded as one

@@ -21,7 +21,7 @@ import hq_inductor.compile  # noqa: E402
 from hq_inductor import HyperQuantTensor  # noqa: E402
 from hq_inductor.format.kv import kv_layout  # noqa: E402
 from hq_inductor.format.layout import TileLayout  # noqa: E402
-from hq_inductor.ops import ahead, fused, fused_kv, launch, launch_table, registry  # noqa: E402
+from hq_inductor.ops import ahead, fused, fused_kv, fused_rotation, launch, launch_table, registry  # noqa: E402
 from hq_inductor.passes.compile_ahead import _call, compile_ahead  # noqa: E402
 
 from ..passes.graphs import without_codegen  # noqa: E402
@@ -52,7 +52,7 @@ def compiled(monkeypatch):
         found.append((kernel.__name__, dict(bound.arguments), {name: v for name, v in options.items() if name not in bound.arguments}))
         return SimpleNamespace(hash=kernel.__name__)
 
-    for kernel in (*vars(fused).values(), *vars(fused_kv).values()):
+    for kernel in (*vars(fused).values(), *vars(fused_kv).values(), *vars(fused_rotation).values()):
         if hasattr(kernel, "warmup"):
             monkeypatch.setattr(kernel, "warmup", lambda *args, kernel=kernel, **options: warm_up(kernel, *args, **options))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -196,7 +196,7 @@ def test_worker_compiles_into_the_cache_and_leaves_no_trace(tmp_path):
     options = (("PROLOGUE", "rms_norm"), ("ALIGNED", True), ("num_warps", 4))
     job = ahead.Job("hq_inductor.ops.kernels.activations", "row_statistics_kernel", (*pointers, 512, 512, 1e-5), (3,), options)
     hits, keys, before, directory = [], [], driver._active, triton.knobs.cache.dir
-    kernel = fused.row_statistics_kernel
+    kernel = fused_rotation.row_statistics_kernel
     with triton.knobs.compilation.scope():
         triton.knobs.compilation.listener = lambda **given: hits.append(given["cache_hit"])
         for _ in range(2):
@@ -253,7 +253,7 @@ def test_every_worker_is_prepared(monkeypatch):
     assert submitted == ["answer", *3 * [(importlib.import_module, "hq_inductor.ops.fused")]]
 
 
-@pytest.mark.parametrize(("module", "launches"), [(fused, 8), (fused_kv, 3)])
+@pytest.mark.parametrize(("module", "launches"), [(fused, 3), (fused_rotation, 5), (fused_kv, 3)])
 def test_no_launch_goes_another_way(module, launches):
     """One that did would launch on fake tensors."""
     source = Path(module.__file__).read_text()

@@ -15,8 +15,9 @@ from hq_inductor.format.hadamard import hadamard_block, hadamard_ref
 from hq_inductor.format.lattice import embed
 from hq_inductor.format.layout import TileLayout
 from hq_inductor.format.mma import E4M3_MAX, fp8_scale
-from hq_inductor.ops import fused
-from hq_inductor.ops.fused import decode, fused_linear, int8_matmul, rotate, rotate_quantize
+from hq_inductor.ops import fused_rotation
+from hq_inductor.ops.fused import decode, fused_linear, int8_matmul
+from hq_inductor.ops.fused_rotation import rotate, rotate_quantize
 from hq_inductor.ops.launch import LinearLaunch, MatmulLaunch, RingLaunch
 
 ops = torch.ops.hyperquant
@@ -74,7 +75,7 @@ def check_case(lattice: str, bps: float, rows: int, columns: int, tile: int | No
     embedded = rotated * embed(torch.ones(1, columns, dtype=torch.int8), "a2", torch.float64) if lattice == "a2" else rotated
     # whole rows at a time, then tiles, as few of them are
     for many in (True, False):
-        with mock.patch.object(fused, "_whole_rows", return_value=many):
+        with mock.patch.object(fused_rotation, "_whole_rows", return_value=many):
             q, scale, counters = rotate_quantize(x, pre_scale, layout, tiles, 3, padded, 5, ring=ring)
             plain, _ = rotate(x, pre_scale, layout, tiles, 3, torch.float32)
             plain_q, plain_scale = rotate(x, pre_scale, layout, tiles, 3, torch.int8)

@@ -16,8 +16,9 @@ from hq_inductor.format.lattice import embed
 from hq_inductor.format.layout import TileLayout
 from hq_inductor.format.mma import E4M3_MAX, fp8_scale
 from hq_inductor.format.rates import weight_layout
-from hq_inductor.ops import fused
-from hq_inductor.ops.fused import rotate, rotate_quantize, sibling_linear
+from hq_inductor.ops import fused_rotation
+from hq_inductor.ops.fused import sibling_linear
+from hq_inductor.ops.fused_rotation import rotate, rotate_quantize
 from hq_inductor.ops.prologue import GATES, LAYER_NORMS, NO_PROLOGUE, NORMS, PROLOGUES, Prologue
 
 from .interpreted import unpack
@@ -53,7 +54,7 @@ def check(name: str, features: int, dtype: torch.dtype) -> None:
     # a value within an fp32 error of the middle between two of the dtype may be rounded the other way, and the transform spreads it
     bound = 4e-6 * expected.abs().max() if dtype == torch.float32 else torch.finfo(dtype).eps * activations.abs().max()
     for many in (True, False) if features < LONG else ():
-        with mock.patch.object(fused, "_whole_rows", return_value=many):
+        with mock.patch.object(fused_rotation, "_whole_rows", return_value=many):
             found, _ = rotate(x, pre_scale, layout, tiles, 3, torch.float32, prologue)
             q, scale, _ = rotate_quantize(x, pre_scale, layout, tiles, 3, 8, 0, prologue)
         assert (found.double() - expected).abs().max() <= bound
@@ -85,7 +86,7 @@ def check_rows(tile: int, tiles: int, features: int) -> None:
         padded = torch.nn.functional.pad(x.double(), (0, tiles * tile - features))
         expected = hadamard_ref(padded, hadamard_block(tile), 3)
         check_fp8(*rotate(x, None, layout, tiles, 3, torch.float8_e4m3fn), expected, tile, 1e-6 * expected.abs().max().item())
-        with mock.patch.object(fused, "_whole_rows", return_value=True):
+        with mock.patch.object(fused_rotation, "_whole_rows", return_value=True):
             q, scale = rotate(x, None, layout, tiles, 3, torch.int8)
         expected *= embed(torch.ones(1, tiles * tile, dtype=torch.int8), "a2", torch.float64)
         step = scale.double().t().repeat_interleave(tile, 1)
