@@ -1,5 +1,11 @@
 """Fused linear layer for batches of more than 32 on sm_90: as `hq_inductor.ops.kernels.linear`, with activations through a ring.
 
+e4m3.        With FP8 codes become e4m3 in the registers they are decoded to, as `hq_inductor.ops.kernels.decode` makes them: one scale per
+             row, from the headers of all its tiles, and one per row of activations. Sums then need no scaling from tile to tile, so they
+             take one register each instead of two, and 256 columns find room. Tensor cores keep some 14 bits of such sums.
+Parts.       Where the tiles of a row are dealt to several blocks, sums meet in the shared memory of a cluster
+             (`hq_inductor.ops.kernels.ring_output`) or in global memory (`hq_inductor.ops.kernels.blocks`): a device has fewer places for
+             clusters than for blocks.
 Work.        A warp owns 16 rows of the weight. Activations come through shared memory once per block, and four warps multiply together
              while they decode what comes next (`hq_inductor.ops.kernels.warpgroup`). Whole tiles and the scales of activations come
              through shared memory too where there is room: so much of it leaves the L1 none for loads on their way.
