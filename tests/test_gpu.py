@@ -314,11 +314,12 @@ def test_bias_of_another_dtype(mma):
         )
 
 
-def test_corrupt_words_are_finite_and_repeatable():
-    weight = HyperQuantTensor.from_hp(torch.randn(100, 2048), mma="int8").to("cuda")
+@pytest.mark.parametrize(("batch", "mma"), [(3, "int8"), (64, "int8"), (128, "int8"), (3, "fp8"), (200, "fp8")])
+def test_corrupt_words_are_finite_and_repeatable(batch, mma):
+    weight = HyperQuantTensor.from_hp(torch.randn(100, 2048), mma=mma).to("cuda")
     noise = torch.randint(-(2**31), 2**31, weight.qdata.shape, device="cuda").to(torch.int32)
     corrupt = weight._replace(qdata=noise)
-    x = torch.randn(3, 2048, device="cuda").to(torch.bfloat16)
+    x = torch.randn(batch, 2048, device="cuda").to(torch.bfloat16)
     first = nn.functional.linear(x, corrupt)
     assert torch.equal(first, nn.functional.linear(x, corrupt))
     assert torch.equal(ops.rice_decode(noise, "e8", weight.tile, weight.code)[0], ops.rice_decode(noise, "e8", weight.tile, weight.code)[0])

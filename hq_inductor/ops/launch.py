@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -234,14 +235,24 @@ def linear_launch(batch: int, rows: int, tiles: int, processors: int, row_bytes:
 def _ring_launch(batch: int, rows: int, tiles: int, processors: int, row_bytes: int, fp8: bool) -> RingLaunch:
     registers, tile = (FP8_REGISTERS, FP8_TILE) if fp8 else (RING_REGISTERS, RING_TILE)
     columns = next((c for c in registers if batch <= c), max(registers))
-    num_warps = decode_warps(row_bytes) if columns <= 64 or columns == 256 else 4
-    blocks = -(-rows // (WARP_ROWS * num_warps)) * -(-batch // columns)
     meet = next(time for most, time in MEMORY_MEETING.items() if columns <= most)
-    splits, cluster = ring_parts(tiles, blocks, processors * ring_warps(columns) // num_warps, tile[columns], meet)
-    if cluster and columns == 64:
-        # small blocks find places more evenly
-        num_warps = 4
-    return RingLaunch(columns, splits, num_warps, registers[columns], cluster, fp8)
+    held, most = ring_warps(columns), decode_warps(row_bytes)
+
+    def with_warps(num_warps: int) -> RingLaunch:
+        blocks = -(-rows // (WARP_ROWS * num_warps)) * -(-batch // columns)
+        splits, cluster = ring_parts(tiles, blocks, processors * held // num_warps, tile[columns], meet)
+        return RingLaunch(columns, splits, num_warps, registers[columns], cluster, fp8)
+
+    if columns <= 64 or columns == 256:
+        launch = with_warps(most)
+        # of clusters, small blocks find places more evenly
+        return dataclasses.replace(launch, num_warps=4) if launch.cluster and columns == 64 else launch
+    if columns == 128 and not fp8:
+        # activations come in half as often: 2 to 4 % faster
+        launch = with_warps(most)
+        if launch.cluster or launch.splits == 1:
+            return launch
+    return with_warps(4)
 
 
 @functools.lru_cache(maxsize=4096)
