@@ -26,7 +26,7 @@ from torchao.quantization import quantize_
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hq_inductor import hyperquant_weight
-from hq_inductor.integrations.distributed import HyperQuantColwiseParallel, HyperQuantRowwiseParallel
+from hq_inductor.integrations.distributed import HyperQuantColwiseParallel, HyperQuantRowwiseParallel, unshardable
 from hq_inductor.integrations.peft import hyperquant_lora
 
 
@@ -83,9 +83,10 @@ def worker(rank: int, ranks: int, store: str, bps: float) -> None:
     layers = adapted.base_model.model.model.layers
     sizes = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in layers]
     dense = sum(m.in_features * m.out_features * 4 for m in layers[0].modules() if isinstance(m, nn.Linear))
+    whole = unshardable(adapted)
     for layer in layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(adapted, mesh=mesh)
+        fully_shard(layer, mesh=mesh, ignored_params=whole)
+    fully_shard(adapted, mesh=mesh, ignored_params=whole)
     sharded = train(adapted, tokens)
     if rank == 0:
         print(f"tensor parallel on {ranks} processes: relative difference of the logits {error:.2e}")

@@ -17,7 +17,7 @@ from torchao.quantization import quantize_
 from torchao.testing.utils import TorchAOTensorParallelTestCase
 
 from hq_inductor import HyperQuantLinear, HyperQuantTensor, hyperquant_weight
-from hq_inductor.integrations.distributed import HyperQuantColwiseParallel, HyperQuantRowwiseParallel
+from hq_inductor.integrations.distributed import HyperQuantColwiseParallel, HyperQuantRowwiseParallel, unshardable
 
 # four shards of 256 columns: two tiles each
 CONFIG = hyperquant_weight(bps=4, tile=128)
@@ -202,12 +202,13 @@ def _check_fsdp(face: bool, compiled: bool = False):
     model, x = adapted_model(face)
     twin = copy.deepcopy(model)
     expected = train(twin, x)
+    whole = unshardable(model)
     for block in (model.up, model.down):
-        fully_shard(block, mesh=mesh())
-    fully_shard(model, mesh=mesh())
+        fully_shard(block, mesh=mesh(), ignored_params=whole)
+    fully_shard(model, mesh=mesh(), ignored_params=whole)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            assert isinstance(parameter, DTensor), name
+            assert isinstance(parameter, DTensor) != (parameter in whole), name
     with GatheredBytes() as gathered:
         if compiled:
             model(x)
@@ -233,7 +234,7 @@ def check_fsdp2_mixed_precision():
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32)
     twin = copy.deepcopy(model)
     for block in (model.up, model.down):
-        fully_shard(block, mesh=mesh(), mp_policy=policy)
+        fully_shard(block, mesh=mesh(), mp_policy=policy, ignored_params=unshardable(block))
     with torch.no_grad():
         exact, found = twin(x), model(x)
     assert (found - exact).norm() / exact.norm() < 0.02
@@ -243,11 +244,12 @@ def check_fsdp2_state_dict():
     """Sharded words gather back to the whole weight."""
     model, _ = adapted_model(face=False)
     whole = model.up.base.qdata.clone()
-    fully_shard(model.up, mesh=mesh())
+    kept = unshardable(model.up)
+    fully_shard(model.up, mesh=mesh(), ignored_params=kept)
     weight = model.state_dict()["up.base.weight"]
     assert isinstance(weight, HyperQuantTensor) and weight.shape == (1024, 512)
     assert torch.equal(
-        weight._replace(qdata=weight.qdata.full_tensor()).dequantize(),
+        (weight if kept else weight._replace(qdata=weight.qdata.full_tensor())).dequantize(),
         HyperQuantTensor(whole, **weight.__tensor_flatten__()[1]).dequantize(),
     )
 

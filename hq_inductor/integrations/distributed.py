@@ -5,7 +5,8 @@
 Each rank keeps a slice of the words as a plain parameter, so the compiled graph sees no DTensor and no subclass. Layers that are not
 quantized are handled by the style's parent class. `quantize_` of an already sharded (DTensor) weight works without this module.
 
-FSDP2 needs nothing from here: `fully_shard` shards the words of a `HyperQuantLinear` by rows and gathers words, not dequantized weights.
+FSDP2 needs nothing from here from torch 2.13 on: `fully_shard` shards the words of a `HyperQuantLinear` by rows and gathers words, not
+dequantized weights. Before, it takes no integers: `unshardable` says what to leave out.
 """
 
 from __future__ import annotations
@@ -17,6 +18,16 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 from ..module import HyperQuantLinear
+
+
+def unshardable(module: nn.Module) -> set[nn.Parameter]:
+    """What `fully_shard(module, ignored_params=...)` must leave whole on every rank: integer words on torch before 2.13, else nothing.
+
+    Source: https://github.com/pytorch/pytorch/issues/177844.
+    """
+    if torch.__version__ >= (2, 13):
+        return set()
+    return {parameter for parameter in module.parameters() if not parameter.is_floating_point()}
 
 
 def shard_linear(module: HyperQuantLinear, mesh: DeviceMesh, dim: int) -> None:
