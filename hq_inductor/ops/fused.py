@@ -347,7 +347,7 @@ def decode(
         num_warps=num_warps,
         num_stages=1,
         # two blocks on a multiprocessor
-        maxnreg=65536 // (2 * 32 * num_warps) if num_warps == 8 else 255,
+        maxnreg=min(255, 65536 // (2 * 32 * num_warps)),
     )
     return out, scale
 

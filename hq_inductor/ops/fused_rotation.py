@@ -13,7 +13,7 @@ from ..format.layout import TileLayout
 from . import ahead
 from .kernels.activations import fp8_scale_kernel, rotate_kernel, rotate_quantize_kernel, row_statistics_kernel
 from .kernels.rotate_row import rotate_row_kernel
-from .launch import RowLaunch, dependent_launch, many_coefficients, row_launch
+from .launch import MOST_ROW, RowLaunch, dependent_launch, many_coefficients, row_launch
 from .prologue import NO_PROLOGUE, NORMS, Prologue
 
 
@@ -101,7 +101,9 @@ def rotate_quantize(
     zeros = torch.empty(counters, dtype=torch.int32, device=x.device)
     row = _row_launch(x.shape[0], tiles, layout) if fp8 or _whole_rows(x, prologue) else None
     if fp8 and row is None:
-        raise ValueError(f"rows of e4m3 must fit a program's registers, got {x.shape[1]} coefficients")
+        raise ValueError(
+            f"x must have tiles of at most {MOST_ROW} coefficients, their number padded to a power of two, got {tuple(x.shape)}"
+        )
     if row is not None:
         _rotate_rows(x, act_pre_scale, q, scale, zeros, layout, tiles, padded, seed, prologue, row, ring)
         return q, scale, zeros

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -37,6 +36,7 @@ WAVES, WAVE_TILES = 20, 4
 # coefficients of a row that a thread has in registers, and the most warps that have so many
 ROW_REGISTERS = 64
 MAX_ROW_WARPS = 16
+MOST_ROW = 32 * ROW_REGISTERS * MAX_ROW_WARPS
 # coefficients from which on whole rows are rotated at a time: with fewer there is not a warp for each scheduler
 MANY_COEFFICIENTS = 2**20
 # rows of a warp, columns of an MMA
@@ -235,24 +235,14 @@ def linear_launch(batch: int, rows: int, tiles: int, processors: int, row_bytes:
 def _ring_launch(batch: int, rows: int, tiles: int, processors: int, row_bytes: int, fp8: bool) -> RingLaunch:
     registers, tile = (FP8_REGISTERS, FP8_TILE) if fp8 else (RING_REGISTERS, RING_TILE)
     columns = next((c for c in registers if batch <= c), max(registers))
+    num_warps = decode_warps(row_bytes) if columns <= 64 or columns == 256 else 4
+    blocks = -(-rows // (WARP_ROWS * num_warps)) * -(-batch // columns)
     meet = next(time for most, time in MEMORY_MEETING.items() if columns <= most)
-    held, most = ring_warps(columns), decode_warps(row_bytes)
-
-    def with_warps(num_warps: int) -> RingLaunch:
-        blocks = -(-rows // (WARP_ROWS * num_warps)) * -(-batch // columns)
-        splits, cluster = ring_parts(tiles, blocks, processors * held // num_warps, tile[columns], meet)
-        return RingLaunch(columns, splits, num_warps, registers[columns], cluster, fp8)
-
-    if columns <= 64 or columns == 256:
-        launch = with_warps(most)
-        # of clusters, small blocks find places more evenly
-        return dataclasses.replace(launch, num_warps=4) if launch.cluster and columns == 64 else launch
-    if columns == 128 and not fp8:
-        # activations come in half as often: 2 to 4 % faster
-        launch = with_warps(most)
-        if launch.cluster or launch.splits == 1:
-            return launch
-    return with_warps(4)
+    splits, cluster = ring_parts(tiles, blocks, processors * ring_warps(columns) // num_warps, tile[columns], meet)
+    if cluster and columns == 64:
+        # small blocks find places more evenly
+        num_warps = 4
+    return RingLaunch(columns, splits, num_warps, registers[columns], cluster, fp8)
 
 
 @functools.lru_cache(maxsize=4096)

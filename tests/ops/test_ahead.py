@@ -43,7 +43,7 @@ class Here:
 
 
 @pytest.fixture
-def compiled(monkeypatch):
+def compiled(monkeypatch, tmp_path):
     """(kernel, arguments by name, options) of all that is compiled for a make-believe H100."""
     found = []
 
@@ -65,7 +65,7 @@ def compiled(monkeypatch):
         monkeypatch.setattr(TileLayout, name, lambda self, device: torch.empty(2, 4096, dtype=torch.int32))
     monkeypatch.setattr(ahead, "_pool", Here)
     monkeypatch.setattr(ahead, "_target", lambda: H100)
-    monkeypatch.setattr(ahead, "_cache_dir", lambda: "nowhere")
+    monkeypatch.setattr(ahead, "_cache_dir", lambda: str(tmp_path))
     monkeypatch.setattr(ahead, "_seen", set())
     yield found
     for function in remembered:

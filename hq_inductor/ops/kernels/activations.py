@@ -59,7 +59,7 @@ def round_to_even(x):
 
 # features whose statistics are taken at a time: all of a row's loads of 16 bytes that a warp can have under way
 _CHUNK = tl.constexpr(4096)
-_SMALLEST = tl.constexpr(2.0**-126)
+SMALLEST = tl.constexpr(2.0**-126)
 
 
 @triton.jit
@@ -361,7 +361,7 @@ def fp8_scale_kernel(
         inverse_deviation = tl.load(statistics_ptr + 2 * m + 1)
     row_ptr = x_ptr + m * stride_xm
     gate_row_ptr = gate_ptr + m * stride_gm
-    scale = tl.full([], _SMALLEST, tl.float32)
+    scale = tl.full([], SMALLEST, tl.float32)
     for t in range(tiles):
         column = t * TILE + place
         mask = (place < TILE) & (column < in_features)
@@ -382,7 +382,7 @@ def fp8_scale_kernel(
         if HAS_SCALE:
             x = x * tl.load(pre_scale_ptr + column, mask=mask, other=0.0).to(tl.float32)
         # squares of large elements would overflow
-        peak = tl.maximum(tl.max(tl.abs(x), 0), _SMALLEST)
+        peak = tl.maximum(tl.max(tl.abs(x), 0), SMALLEST)
         x = x / peak
         scale = tl.maximum(scale, tl.sqrt(tl.sum(x * x, 0)) * (peak / 448.0))
     tl.store(scale_ptr + m, scale)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from .bits import INTERPRETED
+from .warp import pack_halves
 
 if INTERPRETED:
 
@@ -188,11 +189,6 @@ else:
             return _half_of(low, 0, dtype), _half_of(low, 1, dtype), _half_of(high, 0, dtype), _half_of(high, 1, dtype)
 
     @triton.jit
-    def _halves_together(low, high, DTYPE: tl.constexpr):
-        low = low.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-        return low | (high.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) << 16)
-
-    @triton.jit
     def store_four(pointer, a, b, c, d, mask):
         """Four fp32, rounded, to neighbouring elements, aligned to as many."""
         dtype: tl.constexpr = pointer.dtype.element_ty
@@ -210,7 +206,7 @@ else:
             tl.inline_asm_elementwise(
                 "{.reg .pred p; setp.ne.s32 p, $4, 0; @p st.global.v2.b32 [$1], {$2, $3}; mov.b32 $0, $2;}",
                 "=r,l,r,r,r",
-                [place, _halves_together(a, b, dtype), _halves_together(c, d, dtype), mask.to(tl.int32)],
+                [place, pack_halves(a, b, dtype), pack_halves(c, d, dtype), mask.to(tl.int32)],
                 tl.int32,
                 is_pure=False,
                 pack=1,

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .bits import INTERPRETED
 from .memory import load_four, load_global, store_four, store_global
-from .shared import store_shared
+from .shared import load_shared_16, store_shared
 
 PADDING = tl.constexpr(4)
 
@@ -64,13 +64,12 @@ def _load_of_block(address, block, PARTS: tl.constexpr):
             pack=1,
         )
     else:
-        return tl.inline_asm_elementwise(
-            "ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];",
-            "=f,=f,=f,=f,r",
-            [address],
-            (tl.float32, tl.float32, tl.float32, tl.float32),
-            is_pure=False,
-            pack=1,
+        a, b, c, d = load_shared_16(address)
+        return (
+            a.to(tl.float32, bitcast=True),
+            b.to(tl.float32, bitcast=True),
+            c.to(tl.float32, bitcast=True),
+            d.to(tl.float32, bitcast=True),
         )
 
 

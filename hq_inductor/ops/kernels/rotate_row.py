@@ -20,7 +20,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .activations import _SMALLEST, apply_prologue, sign_hash
+from .activations import SMALLEST, apply_prologue, sign_hash
 from .bits import INTERPRETED
 
 # the turn after the last: 16 bytes per thread side by side
@@ -181,9 +181,9 @@ def _norm_scale(x, TILES: tl.constexpr):
     unit = largest * 0.0 + 1.0
     if not ((largest > 2.0**-80) & (largest < 2.0**120)):
         # squares overflow or vanish
-        unit = tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0), _SMALLEST)
+        unit = tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0), SMALLEST)
         largest = _largest_square(x / unit, TILES)
-    return tl.maximum(tl.sqrt(largest) * (unit / 448.0), _SMALLEST)
+    return tl.maximum(tl.sqrt(largest) * (unit / 448.0), SMALLEST)
 
 
 @triton.jit

@@ -130,7 +130,6 @@ def test_linear(capability, lattice, bps, columns, registers, siblings, sharing,
         ("e8", 4.0, 64, 4096, False),
         ("e8", 4.0, 64, 6144, False),
         ("e8", 4.0, 128, 4096, False),
-        ("e8", 4.0, 128, 14336, False),
         ("e8", 5.0, 64, 4096, False),
         ("d4", 3.0, 96, 4096, False),
         ("e8", 4.0, 256, 4096, True),
@@ -173,7 +172,9 @@ def test_decode(capability, out, tmp_path):
     constants, num_warps = layout_constants("e8", 4.0, plain=True)
     constants |= {"CODES": out == "i8", "ROW_SCALE": out == "fp8e4nv", "LARGEST": 64.0, "NUM_WARPS": num_warps}
     signature = {"words_ptr": "*i32", "table_ptr": "*i32", "row_scale_ptr": "*fp32", "out_ptr": f"*{out}", "scale_ptr": "*fp32"}
-    sass, _, _ = compile_ahead(decode_kernel, {**signature, "N": "i32", "tiles": "i32"}, constants, capability, num_warps, tmp_path)
+    signature |= {"N": "i32", "tiles": "i32"}
+    sass, used, _ = compile_ahead(decode_kernel, signature, constants, capability, num_warps, tmp_path, maxnreg=128)
+    assert used <= 128
     assert sass.count("LDL") + sass.count("STL") <= sass.count(";") // 100, "spilled registers"
     assert ("STG.E.64" if out in ("i8", "fp8e4nv") else "STG.E.128") in sass
 
