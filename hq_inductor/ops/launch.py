@@ -182,7 +182,7 @@ def ring_parts(tiles: int, blocks: int, slots: int, tile: float, meet: float) ->
 
     def time(option: tuple[int, bool]) -> float:
         parts, cluster = option
-        rounds = -(-blocks * parts // int(slots * (CLUSTER_SHARE[parts] if cluster else 1)))
+        rounds = -(-blocks * parts // max(1, int(slots * (CLUSTER_SHARE[parts] if cluster else 1))))
         meeting = CLUSTER_MEETING * parts if cluster else meet if parts > 1 else 0.0
         return rounds * (RING_START + -(-tiles // parts) * tile) + meeting
 

@@ -136,8 +136,9 @@ def test_parts_of_a_ring():
     assert parts(28672, 8192) == (1, False)
     for tiles in (1, 2, 7, 28):
         for blocks in (1, 10, 64, 300):
-            splits, cluster = ring_parts(tiles, blocks, 264, 5.0, 5.5)
-            assert 1 <= splits <= tiles and (not cluster or splits in CLUSTER_SHARE)
+            for slots in (1, 16, 264):
+                splits, cluster = ring_parts(tiles, blocks, slots, 5.0, 5.5)
+                assert 1 <= splits <= tiles and (not cluster or splits in CLUSTER_SHARE)
 
 
 def test_parts_are_even():
