@@ -381,11 +381,15 @@ def _ring_block(
     if FP8:
         scaled = ()
         for b in tl.static_range(BLOCKS):
+            # past the last column: its scale again
+            m = m0 + 8 * b + 2 * j
+            s0 = load_global(act_scale_ptr + tl.minimum(m, M - 1))
+            s1 = load_global(act_scale_ptr + tl.minimum(m + 1, M - 1))
             scaled = scaled + (
-                totals[4 * b] * divisor_u,
-                totals[4 * b + 1] * divisor_u,
-                totals[4 * b + 2] * divisor_v,
-                totals[4 * b + 3] * divisor_v,
+                totals[4 * b] * (s0 * divisor_u),
+                totals[4 * b + 1] * (s1 * divisor_u),
+                totals[4 * b + 2] * (s0 * divisor_v),
+                totals[4 * b + 3] * (s1 * divisor_v),
             )
         totals = scaled
     if SPLIT or _INTERPRETED:
@@ -410,13 +414,6 @@ def _ring_block(
                 NUM_WARPS,
             )
             mine = mine & last
-        if FP8:
-            scaled = ()
-            for b in tl.static_range(BLOCKS):
-                s0 = load_global(act_scale_ptr + m0 + 8 * b + 2 * j, m0 + 8 * b + 2 * j < M)
-                s1 = load_global(act_scale_ptr + m0 + 8 * b + 2 * j + 1, m0 + 8 * b + 2 * j + 1 < M)
-                scaled = scaled + (totals[4 * b] * s0, totals[4 * b + 1] * s1, totals[4 * b + 2] * s0, totals[4 * b + 3] * s1)
-            totals = scaled
         store_strip(
             totals,
             strip,
@@ -450,7 +447,6 @@ def _ring_block(
             M,
             N,
             total,
-            act_scale_ptr,
             bias_ptr,
             residual_ptr,
             stride_residual,
@@ -458,7 +454,6 @@ def _ring_block(
             BLOCKS,
             16 * NUM_WARPS,
             PARTS,
-            FP8,
             HAS_BIAS,
             HAS_RESIDUAL,
             VECTOR,

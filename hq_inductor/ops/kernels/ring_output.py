@@ -52,6 +52,19 @@ def _sync_cluster(thread):
 
 
 @triton.jit
+def _leave_cluster(thread):
+    """Wait until all threads of the cluster are here, whatever they wrote: a release would wait for what is on its way to global memory."""
+    tl.inline_asm_elementwise(
+        "barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.aligned; mov.u32 $0, $1;",
+        "=r,r",
+        [thread],
+        tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def _load_of_block(address, block, PARTS: tl.constexpr):
     """Four fp32 from 16 aligned bytes of the shared memory of a block of the cluster."""
     if PARTS > 1:
@@ -85,7 +98,6 @@ def meet_and_store(
     M,
     N,
     total,
-    column_scale_ptr,
     bias_ptr,
     residual_ptr,
     stride_residual,
@@ -93,7 +105,6 @@ def meet_and_store(
     BLOCKS: tl.constexpr,
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -101,7 +112,7 @@ def meet_and_store(
     """Sums of ROWS rows from `first_row` on and `8 BLOCKS` batch columns from `m0` on, as MMAs leave them, of all PARTS of a cluster.
 
     `address` is where they meet, in the shared memory of each block; nobody reads anything else there any more, nor is a copy under way.
-    HAS_SCALE: columns have a scale. VECTOR: rows of all weights and distances of rows are multiples of 4, pointers aligned.
+    VECTOR: rows of all weights and distances of rows are multiples of 4, pointers aligned.
     """
     PITCH: tl.constexpr = ROWS + PADDING
     QUADS: tl.constexpr = 2 * BLOCKS * ROWS
@@ -116,45 +127,46 @@ def meet_and_store(
         _sync_cluster(thread)
     else:
         tl.debug_barrier()
-    for first in range(0, QUADS, THREADS * PARTS):
-        quad = first + part * THREADS + thread
-        inside = quad < QUADS
-        quad = tl.minimum(quad, QUADS - 1)
-        place = address + 4 * (PITCH * (quad // (ROWS // 4)) + quad % (ROWS // 4) * 4)
-        v0, v1, v2, v3 = _load_of_block(place, thread * 0, PARTS)
-        for s in tl.static_range(1, PARTS):
-            w0, w1, w2, w3 = _load_of_block(place, thread * 0 + s, PARTS)
-            v0 += w0
-            v1 += w1
-            v2 += w2
-            v3 += w3
-        n = first_row + quad % (ROWS // 4) * 4
-        m = m0 + quad // (ROWS // 4)
-        inside = inside & (m < M)
-        values = (v0, v1, v2, v3)
-        if HAS_SCALE:
-            scale = load_global(column_scale_ptr + m, inside)
-            values = (v0 * scale, v1 * scale, v2 * scale, v3 * scale)
-        if HAS_BIAS:
-            biased = ()
+    TURNS: tl.constexpr = (QUADS + THREADS * PARTS - 1) // (THREADS * PARTS)
+    # loads of a round are under way together, as many as there are registers for
+    ROUND: tl.constexpr = 1 if TURNS % 2 or PARTS > 4 else 2 if TURNS % 4 or PARTS > 2 else 4
+    for first in range(0, TURNS, ROUND):
+        loaded = ()
+        for u in tl.static_range(ROUND):
+            quad = tl.minimum(((first + u) * PARTS + part) * THREADS + thread, QUADS - 1)
+            place = address + 4 * (PITCH * (quad // (ROWS // 4)) + quad % (ROWS // 4) * 4)
+            for s in tl.static_range(PARTS):
+                loaded = loaded + _load_of_block(place, thread * 0 + s, PARTS)
+        for u in tl.static_range(ROUND):
+            quad = ((first + u) * PARTS + part) * THREADS + thread
+            inside = quad < QUADS
+            quad = tl.minimum(quad, QUADS - 1)
+            n = first_row + quad % (ROWS // 4) * 4
+            m = m0 + quad // (ROWS // 4)
+            inside = inside & (m < M)
+            values = ()
             for i in tl.static_range(4):
-                biased = biased + (values[i] + load_global(bias_ptr + n + i, inside & (n + i < N)).to(tl.float32),)
-            values = biased
-        if HAS_RESIDUAL:
-            residual_row = residual_ptr + m.to(tl.int64) * stride_residual + (column + n)
+                value = loaded[4 * PARTS * u + i]
+                for s in tl.static_range(1, PARTS):
+                    value += loaded[4 * (PARTS * u + s) + i]
+                if HAS_BIAS:
+                    value += load_global(bias_ptr + n + i, inside & (n + i < N)).to(tl.float32)
+                values = values + (value,)
+            if HAS_RESIDUAL:
+                residual_row = residual_ptr + m.to(tl.int64) * stride_residual + (column + n)
+                if VECTOR:
+                    added = load_four(residual_row, inside & (n < N))
+                else:
+                    added = ()
+                    for i in tl.static_range(4):
+                        added = added + (load_global(residual_row + i, inside & (n + i < N)).to(tl.float32),)
+                values = (values[0] + added[0], values[1] + added[1], values[2] + added[2], values[3] + added[3])
+            out_row = out_ptr + m.to(tl.int64) * total + (column + n)
             if VECTOR:
-                added = load_four(residual_row, inside & (n < N))
+                store_four(out_row, values[0], values[1], values[2], values[3], inside & (n < N))
             else:
-                added = ()
                 for i in tl.static_range(4):
-                    added = added + (load_global(residual_row + i, inside & (n + i < N)).to(tl.float32),)
-            values = (values[0] + added[0], values[1] + added[1], values[2] + added[2], values[3] + added[3])
-        out_row = out_ptr + m.to(tl.int64) * total + (column + n)
-        if VECTOR:
-            store_four(out_row, values[0], values[1], values[2], values[3], inside & (n < N))
-        else:
-            for i in tl.static_range(4):
-                store_global(out_row + i, values[i].to(out_ptr.dtype.element_ty), inside & (n + i < N))
+                    store_global(out_row + i, values[i].to(out_ptr.dtype.element_ty), inside & (n + i < N))
     if PARTS > 1:
-        # others read here
-        _sync_cluster(thread)
+        # others read here, and what they read they have by now: nothing has to be seen by anybody
+        _leave_cluster(thread)
