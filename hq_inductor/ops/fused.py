@@ -10,7 +10,7 @@ from ..format.layout import TileLayout
 from . import ahead
 from .fused_rotation import rotate_quantize, rotated_shape
 from .kernels.decode import decode_kernel
-from .kernels.linear import linear_kernel
+from .kernels.linear import linear_kernel, most_strips
 from .kernels.linear_ring import ring_linear_kernel
 from .kernels.matmul import int8_matmul_kernel
 from .kernels.shared import row_bytes
@@ -20,6 +20,7 @@ from .launch import (
     LinearLaunch,
     MatmulLaunch,
     RingLaunch,
+    deal_blocks,
     decode_blocks,
     decode_warps,
     dependent_launch,
@@ -154,20 +155,24 @@ def fused_linear(
         counters = grid[0] * launch.num_warps * grid[2] if splits > 1 else 0
         shape = _ring_arguments(launch, layout, stream_bytes, counts, out, residual)
     else:
-        kernel, ring = linear_kernel, 0
-        panels = sum(-(-n // launch.panel_rows) for n in counts)
-        runs = launch.sharing == 0
-        grid = (min(launch.blocks, panels * tiles if runs else panels), padded // columns)
-        counters = panels * launch.num_warps * grid[1] if runs else 0
-        shape = {"SHARING": max(1, launch.sharing), "RUNS": runs}
+        kernel, ring, counters, shape = linear_kernel, 0, 0, {}
+        most = most_strips(columns, launch.num_warps, stream_bytes)
+        dealt = deal_blocks(counts, launch.blocks, most)
+        grid = (sum(dealt), padded // columns)
     if rotated is None or rotated[0].shape != rotated_shape(layout, tiles, padded, ring):
         q, scale, zeros = rotate_quantize(x, act_pre_scale, layout, tiles, seed, padded, counters, prologue, ring, fp8)
     else:
         (q, scale), zeros = rotated, torch.zeros(counters, dtype=torch.int32, device=x.device)
-    partial = scale
-    if counters:
-        places = splits * grid[0] * grid[2] if ring else 2 * grid[0] * grid[1]
-        partial = torch.empty((places, launch.num_warps, WARP_ROWS * columns), dtype=torch.float32, device=x.device)
+    if ring:
+        partial = scale
+        if counters:
+            places = splits * grid[0] * grid[2]
+            partial = torch.empty((places, launch.num_warps, WARP_ROWS * columns), dtype=torch.float32, device=x.device)
+        parts, dealt = (partial, zeros), ()
+    else:
+        # as the kernel has it
+        dealt = [16 * blocks + -(-n // WARP_ROWS) // max(1, blocks) for n, blocks in zip(counts, dealt, strict=True)]
+        parts, dealt = (), dealt + [0] * (MAX_SIBLINGS - len(dealt))
     pdl = dependent_launch(x.device)
     has_bias = biases[0] is not None
     if has_bias and len({b.dtype for b in biases}) > 1:
@@ -184,8 +189,7 @@ def fused_linear(
         scale,
         biases[0],
         out,
-        partial,
-        zeros,
+        *parts,
         batch,
         padded,
         counts[0],
@@ -195,6 +199,7 @@ def fused_linear(
         *weights[1:],
         *biases[1:],
         *(counts[1:] + [0] * (MAX_SIBLINGS - len(counts))),
+        *dealt,
         LATTICE=layout.lattice,
         K=layout.rice_parameter,
         SHIFT=layout.kernel_shift,

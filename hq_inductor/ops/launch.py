@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,13 +27,8 @@ CLUSTER_SHARE = {1: 1.0, 2: 1.0, 4: 0.94, 8: 0.91}
 RING_TILE = {64: 6.0, 96: 3.9, 128: 3.9}
 FP8_TILE = {16: 5.0, 32: 5.2, 64: 6.0, 128: 4.5, 256: 5.6}
 RING_START, MEMORY_MEETING, CLUSTER_MEETING = 5.0, {128: 5.5, 256: 13.0}, 0.2
-# registers for three blocks, and how much longer a tile takes then
+# registers for three blocks
 TIGHT_REGISTERS = 80
-TIGHT_TURN = 1.45
-# what runs cost on top, in tiles that a warp decodes one after the other
-RUN_TURNS = 0.75
-# units per multiprocessor, tiles of all rows of a block's warps, from which on waves of so many tiles per warp pay
-WAVES, WAVE_TILES = 20, 4
 # coefficients of a row that a thread has in registers, and the most warps that have so many
 ROW_REGISTERS = 64
 MAX_ROW_WARPS = 16
@@ -49,33 +45,23 @@ class LinearLaunch:
     """How the fused linear kernel is launched.
 
     Args:
-        columns: batch columns per block, a multiple of 8; larger batches take several blocks, each of which decodes anew.
-        blocks: thread blocks for each block of columns; they take panels, which are the rows of a block's warps, in turns.
-        num_warps: warps per block: 1, 2, 4 or 8.
-        sharing: warps that share the tiles of 16 rows, a divisor of `num_warps`; or 0: none does, and the tiles of all panels are dealt to
-            the blocks in equal runs.
+        columns: batch columns per block, a multiple of 8 up to 32; larger batches take several blocks, each of which decodes anew.
+        blocks: thread blocks for each block of columns, which the weight's strips of 16 rows are dealt to.
+        num_warps: warps per block, which share its strips: 1, 2, 4 or 8.
         registers: most registers per thread, or 0 for what the compiler likes.
     """
 
     columns: int
     blocks: int
     num_warps: int
-    sharing: int = 1
     registers: int = 0
 
     def __post_init__(self) -> None:
-        _check_columns(self.columns, 128)
+        _check_columns(self.columns, 32)
         if self.blocks < 1:
             raise ValueError(f"blocks must be at least 1, got {self.blocks}")
         if self.num_warps not in (1, 2, 4, 8):
             raise ValueError(f"num_warps must be 1, 2, 4 or 8, got {self.num_warps}")
-        if self.sharing < 0 or (self.sharing and self.num_warps % self.sharing):
-            raise ValueError(f"sharing must be 0 or divide {self.num_warps} warps, got {self.sharing}")
-
-    @property
-    def panel_rows(self) -> int:
-        """Rows of the weight that a block has at a time."""
-        return WARP_ROWS * self.num_warps // max(1, self.sharing)
 
 
 @dataclass(frozen=True)
@@ -211,25 +197,19 @@ def fused_batch(device: torch.device) -> int:
 def linear_launch(batch: int, rows: int, tiles: int, processors: int, row_bytes: int, ring: bool) -> LinearLaunch | RingLaunch:
     """Launch for `[batch, K] x [rows, K]^T`, `tiles` tiles per row, `row_bytes` of `hq_inductor.ops.kernels.shared`; `ring`: may be one.
 
-    As many blocks as multiprocessors hold; of very large weights with few columns waves of them, of four tiles each. Measured (H200,
-    2026-11-24, eight shapes, 1 to 32 rows, all ways to deal, as `benchmarks/linear.py --tune` does). The ring pays from 33 columns up.
+    As many blocks as multiprocessors hold, or several times as many where these would have more strips than they can. The ring pays from 33
+    columns up.
     """
+    from .kernels.linear import most_strips  # Triton is there on Linux only
+
     if ring and batch > max(REGISTERS):
         return _ring_launch(batch, rows, tiles, processors, row_bytes, False)
     columns = next((c for c in REGISTERS if batch <= c), max(REGISTERS))
     num_warps = decode_warps(row_bytes)
     slots = max(1, 2 * processors * (8 // num_warps) // -(-batch // columns))
-    turns, sharing, blocks = _deal(rows, tiles, num_warps, slots)
-    # of blocks of fewer warps, which have long stream planes, shared memory does not hold more
-    if columns == MMA_COLUMNS and num_warps == 8:
-        if rows * tiles > WAVES * processors * WARP_ROWS * num_warps and tiles in (WAVE_TILES * n for n in (1, 2, 4, 8) if n <= num_warps):
-            sharing = tiles // WAVE_TILES
-            panels = -(-rows * sharing // (WARP_ROWS * num_warps))
-            return LinearLaunch(columns, panels, num_warps, sharing, TIGHT_REGISTERS)
-        tight_turns, tight_sharing, tight_blocks = _deal(rows, tiles, num_warps, slots * 3 // 2)
-        if tight_turns * TIGHT_TURN < turns:
-            return LinearLaunch(columns, tight_blocks, num_warps, tight_sharing, TIGHT_REGISTERS)
-    return LinearLaunch(columns, blocks, num_warps, sharing, REGISTERS[columns])
+    strips = -(-rows // WARP_ROWS)
+    waves = -(-strips // (slots * most_strips(columns, num_warps, row_bytes)))
+    return LinearLaunch(columns, min(strips, slots * waves), num_warps, REGISTERS[columns])
 
 
 def _ring_launch(batch: int, rows: int, tiles: int, processors: int, row_bytes: int, fp8: bool) -> RingLaunch:
@@ -251,18 +231,14 @@ def fp8_launch(batch: int, rows: int, tiles: int, processors: int, row_bytes: in
     return _ring_launch(batch, rows, tiles, processors, row_bytes, True)
 
 
-def _deal(rows: int, tiles: int, num_warps: int, slots: int) -> tuple[float, int, int]:
-    """How tiles are dealt to as many blocks as a device has slots for: tiles that a warp decodes one after the other, `sharing`, blocks."""
-    panels = -(-rows // (WARP_ROWS * num_warps))
-    found = (panels * tiles / slots + RUN_TURNS, 0, min(panels * tiles, slots))
-    sharing = 1
-    while sharing <= num_warps:
-        panels = -(-rows * sharing // (WARP_ROWS * num_warps))
-        # one panel per block: between two of them its warps would wait for each other
-        if panels <= slots:
-            found = min(found, (-(-tiles // sharing), sharing, panels), key=lambda option: option[0])
-        sharing *= 2
-    return found
+def deal_blocks(rows: Sequence[int], blocks: int, most: int) -> list[int]:
+    """Blocks of each of several weights with so many rows, of `blocks` in all: as many strips each as can be, and `most` at the most."""
+    strips = [-(-n // WARP_ROWS) for n in rows]
+    dealt = [max(min(n, 1), -(-n // most), min(n, n * blocks // sum(strips))) for n in strips]
+    for _ in range(blocks - sum(dealt)):
+        i = max(range(len(strips)), key=lambda i: strips[i] / max(1, dealt[i]))
+        dealt[i] = min(strips[i], dealt[i] + 1)
+    return dealt
 
 
 def decode_blocks(panels: int, tiles: int, processors: int) -> int:

@@ -21,10 +21,9 @@ from typing import NamedTuple
 
 import torch
 
-from .kernels.linear import sums_bytes
-from .kernels.shared import SHARED_BYTES, TABLE_BYTES, buffer_bytes
+from .kernels.linear import most_strips
 from .kernels.warpgroup import ring_shape
-from .launch import REGISTERS, RING_REGISTERS, LinearLaunch, RingLaunch, decode_warps, ring_products, ring_warps
+from .launch import REGISTERS, RING_REGISTERS, WARP_ROWS, LinearLaunch, RingLaunch, decode_warps, ring_products, ring_warps
 
 FORMAT = 1
 DIRECTORY = Path(__file__).parent / "launches"
@@ -163,8 +162,8 @@ def check_launch(shape: Shape, launch: LinearLaunch | RingLaunch, ring: bool) ->
     """Whether the kernel takes a launch for a shape.
 
     Raises:
-        ValueError: too many warps or columns for shared memory, registers that a thread cannot have, more splits than tiles, or a ring
-            where there is none.
+        ValueError: too many warps or columns for shared memory, too few blocks or too many, registers that a thread cannot have, more
+            splits than tiles, or a ring where there is none.
     """
     warps = decode_warps(shape.row_bytes)
     if launch.num_warps > warps:
@@ -180,9 +179,9 @@ def check_launch(shape: Shape, launch: LinearLaunch | RingLaunch, ring: bool) ->
         blocks = max(1, ring_warps(launch.columns) // launch.num_warps)
         ring_shape(launch.columns, launch.num_warps, blocks, 0, shape.row_bytes, False, launch.fp8)
         return
-    taken = TABLE_BYTES.value + launch.num_warps * buffer_bytes(shape.row_bytes) + sums_bytes(launch.columns, launch.num_warps)
-    if taken > SHARED_BYTES.value:
-        raise ValueError(f"{taken} bytes of shared memory are more than {SHARED_BYTES.value}")
+    most, strips = most_strips(launch.columns, launch.num_warps, shape.row_bytes), -(-shape.rows // WARP_ROWS)
+    if not strips <= launch.blocks * most <= strips * most:
+        raise ValueError(f"blocks must be from {-(-strips // most)} to {strips} for {shape.rows} rows, got {launch.blocks}")
 
 
 def write_table(path: str | Path, about: Mapping[str, str], entries: Mapping[Shape, tuple[LinearLaunch | RingLaunch, float]]) -> None:

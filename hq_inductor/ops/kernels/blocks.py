@@ -192,16 +192,35 @@ def weight_of_panel(panel, pointers, rows, SIBLINGS: tl.constexpr, ROWS: tl.cons
 
 
 @triton.jit
-def first_unit(block, each, rest):
-    """Of a block's run, where units are dealt out in runs as equal as can be: the first `rest` blocks have one more than `each`."""
-    return block * each + tl.minimum(block, rest)
+def weight_of_block(block, pointers, rows, dealt, SIBLINGS: tl.constexpr):
+    """As `weight_of_panel`, for weights with `dealt // 16` blocks each.
+
+    Words, bias, the block's number among the weight's, what the weight has of `dealt`, the output column of its first row, its rows, and the
+    rows of all weights.
+    """
+    words_ptr = pointers[0]
+    bias_ptr = pointers[4]
+    count = rows[0]
+    own = dealt[0]
+    column = 0
+    total = rows[0]
+    past = block >= 0
+    for i in tl.static_range(1, SIBLINGS):
+        past = past & (block >= own >> 4)
+        block = tl.where(past, block - (own >> 4), block)
+        column = tl.where(past, column + count, column)
+        words_ptr = _select(past, pointers[i], words_ptr)
+        bias_ptr = _select(past, pointers[4 + i], bias_ptr)
+        count = tl.where(past, rows[i], count)
+        own = tl.where(past, dealt[i], own)
+        total += rows[i]
+    return words_ptr, bias_ptr, block, own, column, count, total
 
 
 @triton.jit
-def block_of_unit(unit, each, rest):
-    """Whose run a unit is in."""
-    longer = rest * (each + 1)
-    return tl.where(unit < longer, unit // (each + 1), rest + (unit - longer) // tl.maximum(each, 1))
+def first_unit(block, each, rest):
+    """Of a block's run, where units are dealt out in runs as equal as can be: the first `rest` blocks have one more than `each`."""
+    return block * each + tl.minimum(block, rest)
 
 
 @triton.jit

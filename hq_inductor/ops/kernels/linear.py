@@ -3,11 +3,10 @@
 Definition.  `out[m, n] = bias[n] + sum_t act_scale[t, m] * scale[n, t] * (sum_k codes[n, t, k] * x[m, t, k])`, inner sums exact in int32,
              outer sums in fp32; plus `residual[m, n]` if there is one.
 Storage.     Activations as `hq_inductor.ops.kernels.activations` writes them.
-Work.        A strip is 16 rows of the weight. SHARING warps share its tiles, warp i of them takes tiles i, i + SHARING, ..., and their sums
-             meet in shared memory: no sum leaves a multiprocessor unfinished, and a small weight keeps all of them at work. A block's
-             warps have a panel of NUM_WARPS / SHARING strips; as many blocks as live at once take panels in turns.
-             Of a weight with many panels none is shared: there the tiles of all panels are dealt to the blocks in equal RUNS, and the
-             few panels that two blocks have tiles of meet in memory.
+Work.        A strip is 16 rows of the weight. A block has up to NUM_WARPS strips in a row, as many as any other or one more, and its warps
+             take equal runs of their tiles: no multiprocessor has much more to decode than another, and none leaves a sum unfinished. A
+             run has tiles of one strip or of two. Sums meet in shared memory, once, in the order of the warps: the result does not depend
+             on timing.
              A warp decodes two vectors at a time, one of row r and one of row r + 8: together the A operand of one `mma.m16n8k32`, which
              every 8 columns of the batch then use. While it decodes a tile, the stream plane of the next one is on its way to shared
              memory, and the raw words of the next group to registers.
@@ -20,93 +19,139 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .bits import INTERPRETED
-from .blocks import (
-    block_of_unit,
-    count_panels,
-    first_unit,
-    load_chunks,
-    meet_in_memory,
-    stage_stream,
-    store_strip,
-    tile_offset,
-    weight_of_panel,
-    zeros_of,
-)
+from .blocks import first_unit, load_chunks, stage_stream, store_strip, tile_offset, weight_of_block, zeros_of
 from .memory import load_16, load_global, store_global
-from .shared import ROW_GAP, TABLE_BYTES, declare_shared, load_shared_float, load_table, store_shared_16, wait_copies
+from .shared import (
+    ROW_GAP,
+    SHARED_BYTES,
+    TABLE_BYTES,
+    buffer_bytes,
+    declare_shared,
+    load_shared_float,
+    load_table,
+    store_shared_16,
+    wait_copies,
+)
 from .tile import decode_vector, first_cursor, first_window, header_word, load_raw, next_quads, read_header, restore_signs
 from .warp import mma_s8
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
 
-def sums_bytes(columns: int, num_warps: int) -> int:
-    """Shared memory in which the sums of a block's warps meet, 8 columns at a time, in turns."""
-    return 512 * num_warps * min(columns // 8, 2)
+def most_strips(columns: int, num_warps: int, row_bytes: int) -> int:
+    """Strips that a block can have: a run that goes on to another strip leaves its sums of the first in shared memory."""
+    sums = 512 * (columns // 8)
+    # of its last strip every warp leaves them where its stream planes were
+    fixed = TABLE_BYTES.value + num_warps * (buffer_bytes(row_bytes) or sums)
+    return min(num_warps, 1 + (SHARED_BYTES.value - fixed) // sums)
 
 
 if INTERPRETED:
 
     @triton.jit
-    def _meet(totals, thread, SHARING: tl.constexpr, NUM_WARPS: tl.constexpr):
-        """Sums of the warps that share a strip, in all of them."""
+    def _own_warp(N, thread):
+        return thread // 32
+
+    @triton.jit
+    def _rounds(count):
+        """Rounds of a loop that lasts until all warps are done."""
+        return tl.max(count, 0)
+
+    @triton.jit
+    def _sum_of_strip(totals, mine, NUM_WARPS: tl.constexpr):
+        """Sums over the warps whose totals are `mine`, in all of them."""
         sums = ()
         for i in tl.static_range(len(totals)):
-            apart = tl.reshape(totals[i], [NUM_WARPS // SHARING, SHARING, 32])
-            together = tl.broadcast_to(tl.sum(apart, 1)[:, None, :], [NUM_WARPS // SHARING, SHARING, 32])
-            sums = sums + (tl.reshape(together, [32 * NUM_WARPS]),)
+            apart = tl.reshape(tl.where(mine, totals[i], 0.0), [NUM_WARPS, 32])
+            sums = sums + (tl.reshape(tl.broadcast_to(tl.sum(apart, 0)[None, :], [NUM_WARPS, 32]), [32 * NUM_WARPS]),)
         return sums
+
+else:
+
+    @triton.jit
+    def _own_warp(N, thread):
+        """Number of the warp in its block: a scalar, and what follows from it may differ from warp to warp, loops and branches too."""
+        return tl.inline_asm_elementwise(
+            "{.reg .b32 t; mov.u32 t, %tid.x; shr.u32 $0, t, 5;}", "=r,r", [N], tl.int32, is_pure=True, pack=1
+        )
+
+    @triton.jit
+    def _rounds(count):
+        return count
 
 
 @triton.jit
-def _meet_and_store(
-    totals,
-    strips,
+def _share(warp, units, NUM_WARPS: tl.constexpr):
+    """First unit of a warp's run: `warp * units // NUM_WARPS`."""
+    PLACES: tl.constexpr = (NUM_WARPS > 1) + (NUM_WARPS > 2) + (NUM_WARPS > 4)
+    return (warp * units) >> PLACES
+
+
+@triton.jit
+def _leave_sums(totals, address, lane, BLOCKS: tl.constexpr):
+    """A warp's sums to shared memory, as MMAs leave them."""
+    for b in tl.static_range(BLOCKS):
+        store_shared_16(address + 512 * b + 16 * lane, totals[4 * b], totals[4 * b + 1], totals[4 * b + 2], totals[4 * b + 3])
+
+
+@triton.jit
+def _add_and_store(
+    first_strip,
+    count,
+    tiles,
     column,
     m0,
     M,
     N,
     total,
     thread,
-    sums_address,
+    ends_address,
+    crossings_address,
     bias_ptr,
     residual_ptr,
     stride_residual,
     out_ptr,
+    END_BYTES: tl.constexpr,
     BLOCKS: tl.constexpr,
-    SHARING: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     NUM_WARPS: tl.constexpr,
 ):
-    """Sums of a block's strips, `strips` and on, to the output: each warp's `totals`, as MMAs leave them, meet at `sums_address`."""
-    OUTPUTS: tl.constexpr = 128 * NUM_WARPS // SHARING  # of a block of 8 columns
-    for b in tl.static_range(BLOCKS):
-        # two buffers in turns: one barrier is enough
-        buffer = sums_address + (b % 2) * (512 * NUM_WARPS)
-        store_shared_16(buffer + 16 * thread, totals[4 * b], totals[4 * b + 1], totals[4 * b + 2], totals[4 * b + 3])
-        tl.debug_barrier()
-        for first in tl.static_range(0, OUTPUTS, 32 * NUM_WARPS):
-            output = first + thread
-            # neighbours have neighbouring rows, which lie side by side in the output
-            row = output % 16
-            m = output // 16 % 8
-            strip = output // 128
-            place = buffer + strip * (512 * SHARING) + (64 * (row % 8) + 16 * (m // 2) + 8 * (row // 8) + 4 * (m % 2))
-            value = load_shared_float(place)
-            for s in tl.static_range(1, SHARING):
-                value += load_shared_float(place + 512 * s)
-            n = (strips + strip) * 16 + row
-            m = m0 + 8 * b + m
-            mask = (output < OUTPUTS) & (n < N) & (m < M)
+    """Sums of a block's strips to the output: those of warp w's last strip are at `ends_address + END_BYTES w`, those of the i-th strip
+    which a warp left for the next one at `crossings_address + 512 BLOCKS i`."""
+    units = count * tiles
+    for first in range(0, 128 * count, 32 * NUM_WARPS):
+        output = first + thread
+        # neighbours have neighbouring rows, which lie side by side in the output
+        row = output & 15
+        column_of = (output >> 4) & 7
+        i = output >> 7
+        n = (first_strip + i) * 16 + row
+        m = m0 + column_of
+        place = ((row & 7) << 6) + ((column_of >> 1) << 4) + ((row >> 3) << 3) + ((column_of & 1) << 2)
+        inside = (i < count) & (n < N)
+        values = ()
+        for b in tl.static_range(BLOCKS):
+            value = (thread * 0).to(tl.float32)
             if HAS_BIAS:
-                value += load_global(bias_ptr + n, mask).to(tl.float32)
+                value += load_global(bias_ptr + n, inside).to(tl.float32)
             if HAS_RESIDUAL:
-                value += load_global(residual_ptr + m.to(tl.int64) * stride_residual + (column + n), mask).to(tl.float32)
-            store_global(out_ptr + m.to(tl.int64) * total + (column + n), value.to(out_ptr.dtype.element_ty), mask)
-    if BLOCKS % 2 == 1:
-        # the next panel begins with the same buffer
-        tl.debug_barrier()
+                residual_row = residual_ptr + (m + 8 * b).to(tl.int64) * stride_residual
+                value += load_global(residual_row + (column + n), inside & (m + 8 * b < M)).to(tl.float32)
+            values = values + (value,)
+        for w in tl.static_range(NUM_WARPS):
+            begin = _share(w, units, NUM_WARPS)
+            end = _share(w + 1, units, NUM_WARPS)
+            part = inside & (begin < (i + 1) * tiles) & (end > i * tiles)
+            goes_on = end > (i + 1) * tiles
+            there = place + tl.where(goes_on, crossings_address + (512 * BLOCKS) * i, ends_address + END_BYTES * w)
+            added = ()
+            for b in tl.static_range(BLOCKS):
+                added = added + (values[b] + load_shared_float(there + 512 * b, part),)
+            values = added
+        for b in tl.static_range(BLOCKS):
+            out_row = out_ptr + (m + 8 * b).to(tl.int64) * total
+            store_global(out_row + (column + n), values[b].to(out_ptr.dtype.element_ty), inside & (m + 8 * b < M))
 
 
 @triton.jit
@@ -170,7 +215,7 @@ def _multiply_group(
 
 
 # one binary for all sizes
-@triton.jit(do_not_specialize=["M", "M_PAD", "N", "N1", "N2", "N3", "tiles"])
+@triton.jit(do_not_specialize=["M", "M_PAD", "N", "N1", "N2", "N3", "tiles", "dealt", "dealt1", "dealt2", "dealt3"])
 def linear_kernel(
     words_ptr,  # [N, tiles, WORDS] int32
     table_ptr,  # [4096] int32
@@ -178,8 +223,6 @@ def linear_kernel(
     act_scale_ptr,  # [tiles, M_PAD] fp32
     bias_ptr,  # [N], or anything if not HAS_BIAS
     out_ptr,  # [M, N + N1 + N2 + N3]
-    partial_ptr,  # with RUNS fp32 of `meet_in_memory`: of each program a place for a panel that begins in its run, one for one before
-    counter_ptr,  # with RUNS [blocks of columns, panels, warps] int32 zeros
     M,
     M_PAD,
     N,
@@ -195,6 +238,10 @@ def linear_kernel(
     N1,
     N2,
     N3,
+    dealt,  # of each weight: 16 times its blocks, which together are all programs (i, .), and the fewest strips that one of them has
+    dealt1,
+    dealt2,
+    dealt3,
     LATTICE: tl.constexpr,
     K: tl.constexpr,
     SHIFT: tl.constexpr,
@@ -207,51 +254,50 @@ def linear_kernel(
     ALIGNED: tl.constexpr,
     ROW_BYTES: tl.constexpr,
     COLUMNS: tl.constexpr,
-    SHARING: tl.constexpr,
-    RUNS: tl.constexpr,  # then SHARING is 1
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     SIBLINGS: tl.constexpr,
     NUM_WARPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (i, c): every `num_programs(0)`-th panel from the i-th on, or the i-th run; batch columns COLUMNS c on."""
+    """Program (i, c): the i-th block of the weights' strips, `most_strips` of them at the most; batch columns COLUMNS c on."""
     STREAM: tl.constexpr = WORDS - RAW
     END: tl.constexpr = 32 * STREAM
     GROUPS: tl.constexpr = TILE // 128
     BLOCKS: tl.constexpr = COLUMNS // 8  # n-blocks of the MMA
-    STRIPS: tl.constexpr = NUM_WARPS // SHARING  # of a panel
     # 16-byte loads of the raw words; unrolled, so short tiles only
     CHUNKED: tl.constexpr = ALIGNED and LATTICE != "d4" and GROUPS <= 4 and K * GROUPS % 4 == 0
     FIRST: tl.constexpr = (K - 1) // 4 + 1  # 16-byte loads that the first group needs
 
     thread = tl.arange(0, 32 * NUM_WARPS)
+    table_address = thread * 0
+    if not _INTERPRETED:
+        table_address = declare_shared(thread)
+        load_table(table_ptr, table_address, thread, NUM_WARPS)
     lane = thread % 32
     warp = thread // 32
-    share = warp % SHARING
     j = lane % 4
     r = lane // 4
     odd = lane % 2
     pointers = (words_ptr, words1_ptr, words2_ptr, words3_ptr, bias_ptr, bias1_ptr, bias2_ptr, bias3_ptr)
-    rows = (N, N1, N2, N3)
-    panels, total = count_panels(rows, SIBLINGS, 16 * STRIPS)
-    turns = (tiles + SHARING - 1) // SHARING  # of a panel
-    each = panels * tiles // tl.num_programs(0)
-    rest = panels * tiles % tl.num_programs(0)
-    if RUNS:
-        begin = first_unit(tl.program_id(0), each, rest)
-        rounds = first_unit(tl.program_id(0) + 1, each, rest) - begin
-        panel = begin // tiles
-        turn = begin % tiles
-    else:
-        panel = tl.program_id(0)
-        turn = 0
-        rounds = turns * ((panels - panel + tl.num_programs(0) - 1) // tl.num_programs(0))
-    words_ptr, bias_ptr, N, weight_panel, column = weight_of_panel(panel, pointers, rows, SIBLINGS, 16 * STRIPS)
+    words_ptr, bias_ptr, index, dealt, column, N, total = weight_of_block(
+        tl.program_id(0), pointers, (N, N1, N2, N3), (dealt, dealt1, dealt2, dealt3), SIBLINGS
+    )
+    # divisions take long, and nothing can be loaded before
+    fewest = dealt & 15
+    more = ((N + 15) >> 4) - fewest * (dealt >> 4)
+    first_strip = first_unit(index, fewest, more)
+    count = first_unit(index + 1, fewest, more) - first_strip
+    # a warp's run of the block's tiles
+    own = _own_warp(N, thread)
+    begin = _share(own, count * tiles, NUM_WARPS)
+    mine = _share(own + 1, count * tiles, NUM_WARPS) - begin
     m0 = tl.program_id(1) * COLUMNS
-    strip = weight_panel * STRIPS + warp // SHARING
-    t = share + SHARING * turn
-    begins = turn == 0
+    before = own * 0
+    for i in tl.static_range(1, NUM_WARPS):
+        before += tl.where(begin >= i * tiles, 1, 0)
+    strip = first_strip + before
+    t = begin - before * tiles
 
     # offsets of 32 bits from here on, where registers are dear: a weight has less than 2^31 words
     x_step = M_PAD * 64
@@ -260,15 +306,13 @@ def linear_kernel(
     BUFFER: tl.constexpr = 16 * (ROW_BYTES + ROW_GAP)
     # measured: with 16 columns the larger ones are 5 % slower, else 2 to 8 % faster
     PIECE: tl.constexpr = 8 if COLUMNS == 16 else 16
-    table_address = thread * 0
+    # that, or a warp's sums, where there is nothing else
+    END_BYTES: tl.constexpr = 2 * BUFFER if ROW_BYTES > 0 else 512 * BLOCKS
     buffers = thread * 0
-    sums_address = thread * 0
+    crossings_address = thread * 0
     if not _INTERPRETED:
-        table_address = declare_shared(thread)
-        load_table(table_ptr, table_address, thread, NUM_WARPS)
-        staged: tl.constexpr = 2 * BUFFER if ROW_BYTES > 0 else 0
-        buffers = table_address + TABLE_BYTES + warp * staged
-        sums_address = table_address + (TABLE_BYTES + NUM_WARPS * staged)
+        buffers = table_address + TABLE_BYTES + warp * END_BYTES
+        crossings_address = table_address + (TABLE_BYTES + NUM_WARPS * END_BYTES)
         if ROW_BYTES > 0:
             stage_stream(words_ptr, strip, t, N, tiles, lane, buffers, RAW, WORDS, ROW_BYTES, ALIGNED, PIECE)
     tile_u = tile_offset(strip, r, t, N, tiles, WORDS)
@@ -290,18 +334,14 @@ def linear_kernel(
     bits_v = bits_u
 
     totals = zeros_of(thread, 4 * BLOCKS)
+    left = totals  # under the interpreter: sums of a strip that the warp left, and its number
+    left_strip = strip * 0 - 1
     buffer = 0
-    for i in range(rounds):
+    for i in range(_rounds(mine)):
         # what comes next: the same again after the last one
-        wraps = turn + 1 == turns
-        last = i + 1 == rounds
-        next_panel = tl.where(wraps & (i + 1 < rounds), panel + (1 if RUNS else tl.num_programs(0)), panel)
-        next_turn = tl.where(wraps, 0, turn + 1)
-        next_t = share + SHARING * next_turn
-        next_words_ptr, next_bias_ptr, next_N, next_weight_panel, next_column = weight_of_panel(
-            next_panel, pointers, rows, SIBLINGS, 16 * STRIPS
-        )
-        next_strip = next_weight_panel * STRIPS + warp // SHARING
+        wraps = (t + 1 == tiles) & (i + 1 < mine)
+        next_strip = tl.where(wraps, strip + 1, strip)
+        next_t = tl.where(i + 1 < mine, tl.where(wraps, 0, t + 1), t)
         # not read where the planes have copies
         streams = (words_ptr + tile_u + RAW, words_ptr + tile_v + RAW)
         if ROW_BYTES > 0:
@@ -309,11 +349,8 @@ def linear_kernel(
             bits_u = (buffers + (buffer * BUFFER + r * (ROW_BYTES + ROW_GAP))) * 8
             bits_v = bits_u + 8 * 8 * (ROW_BYTES + ROW_GAP)
             buffer = 1 - buffer
-            stage_stream(
-                next_words_ptr, next_strip, next_t, next_N, tiles, lane, buffers + buffer * BUFFER, RAW, WORDS, ROW_BYTES, ALIGNED, PIECE
-            )
-        inside = tl.minimum(t, tiles - 1)
-        column_ptr = act_scale_ptr + inside * M_PAD + m0 + 2 * j
+            stage_stream(words_ptr, next_strip, next_t, N, tiles, lane, buffers + buffer * BUFFER, RAW, WORDS, ROW_BYTES, ALIGNED, PIECE)
+        column_ptr = act_scale_ptr + t * M_PAD + m0 + 2 * j
         column_scales = ()
         if BLOCKS <= 2:
             # under way long before the end of the tile, as far as registers go
@@ -321,21 +358,22 @@ def linear_kernel(
                 column_scales = column_scales + (load_global(column_ptr + 8 * b), load_global(column_ptr + 8 * b + 1))
         scale_u, wall_u = read_header(header_word(streams[0], bits_u, STREAM, ROW_BYTES), END, WALL_UNIT, GAIN)
         scale_v, wall_v = read_header(header_word(streams[1], bits_v, STREAM, ROW_BYTES), END, WALL_UNIT, GAIN)
-        # warps beyond the last tile decode it again for nothing
-        scale_u = tl.where(t < tiles, scale_u, 0.0)
-        scale_v = tl.where(t < tiles, scale_v, 0.0)
+        if _INTERPRETED:
+            # warps that are done decode the last tile again for nothing
+            scale_u = tl.where(i < mine, scale_u, 0.0)
+            scale_v = tl.where(i < mine, scale_v, 0.0)
         x_u = first_cursor(bits_u, wall_u, j, END)
         x_v = first_cursor(bits_v, wall_v, j, END)
         window_u = first_window(streams[0], x_u, odd, STREAM, ROW_BYTES)
         window_v = first_window(streams[1], x_v, odd, STREAM, ROW_BYTES)
         windows = (window_u, window_v)
-        place = x_row + (inside * (TILE // 64)) * x_step
+        place = x_row + (t * (TILE // 64)) * x_step
 
         sums = ()
         for _ in tl.static_range(4 * BLOCKS):
             sums = sums + (thread * 0,)
-        next_u = tile_offset(next_strip, r, next_t, next_N, tiles, WORDS)
-        next_v = tile_offset(next_strip, r + 8, next_t, next_N, tiles, WORDS)
+        next_u = tile_offset(next_strip, r, next_t, N, tiles, WORDS)
+        next_v = tile_offset(next_strip, r + 8, next_t, N, tiles, WORDS)
         if CHUNKED:
             words_u = ahead_u
             words_v = ahead_v
@@ -345,8 +383,8 @@ def linear_kernel(
                     words_u = load_chunks(words_u, words_ptr + tile_u, j, (K * g + K - 1) // 4 + 1, (K * g + 2 * K - 1) // 4 + 1)
                     words_v = load_chunks(words_v, words_ptr + tile_v, j, (K * g + K - 1) // 4 + 1, (K * g + 2 * K - 1) // 4 + 1)
                 else:
-                    ahead_u = load_chunks((), next_words_ptr + next_u, j, 0, FIRST)
-                    ahead_v = load_chunks((), next_words_ptr + next_v, j, 0, FIRST)
+                    ahead_u = load_chunks((), words_ptr + next_u, j, 0, FIRST)
+                    ahead_v = load_chunks((), words_ptr + next_v, j, 0, FIRST)
                 raw_u = ()
                 raw_v = ()
                 for w in tl.static_range(K):
@@ -377,9 +415,8 @@ def linear_kernel(
                 raw_u = ahead_u
                 raw_v = ahead_v
                 more = g + 1 < GROUPS
-                ahead_ptr = tl.where(more, words_ptr.to(tl.int64), next_words_ptr.to(tl.int64)).to(words_ptr.dtype)
-                ahead_u = load_raw(ahead_ptr + tl.where(more, tile_u, next_u), (g + 1) % GROUPS, j, K, LATTICE, GROUPS)
-                ahead_v = load_raw(ahead_ptr + tl.where(more, tile_v, next_v), (g + 1) % GROUPS, j, K, LATTICE, GROUPS)
+                ahead_u = load_raw(words_ptr + tl.where(more, tile_u, next_u), (g + 1) % GROUPS, j, K, LATTICE, GROUPS)
+                ahead_v = load_raw(words_ptr + tl.where(more, tile_v, next_v), (g + 1) % GROUPS, j, K, LATTICE, GROUPS)
                 sums, windows, place = _multiply_group(
                     sums,
                     raw_u,
@@ -415,84 +452,75 @@ def linear_kernel(
                 totals[4 * b + 3] + sums[4 * b + 3].to(tl.float32) * (s1 * scale_v),
             )
         totals = updated
-        if wraps | last:
-            if PDL:
-                # not before: what starts early takes its place among the blocks of this kernel that still wait for theirs
-                gdc_launch_dependents()
-            if SHARING > 1 and not _INTERPRETED:
-                _meet_and_store(
-                    totals,
-                    weight_panel * STRIPS,
-                    column,
-                    m0,
-                    M,
-                    N,
-                    total,
-                    thread,
-                    sums_address,
-                    bias_ptr,
-                    residual_ptr,
-                    stride_residual,
-                    out_ptr,
-                    BLOCKS,
-                    SHARING,
-                    HAS_BIAS,
-                    HAS_RESIDUAL,
-                    NUM_WARPS,
-                )
-            else:
-                mine = (strip * 16 + lane * 0 < N) & (warp % SHARING == 0)
-                if SHARING > 1:
-                    totals = _meet(totals, thread, SHARING, NUM_WARPS)
-                if RUNS:
-                    first_block = block_of_unit(panel * tiles, each, rest)
-                    parts = block_of_unit(panel * tiles + (tiles - 1), each, rest) - first_block + 1
-                    if parts > 1:
-                        programs = tl.program_id(1) * tl.num_programs(0)
-                        totals, finished = meet_in_memory(
-                            totals,
-                            lane,
-                            warp,
-                            partial_ptr,
-                            counter_ptr,
-                            2 * (programs + tl.program_id(0)) + tl.where(begins, 0, 1),
-                            2 * (programs + first_block),
-                            2 * (programs + first_block) + 1,
-                            parts,
-                            (tl.program_id(1) * panels + panel) * NUM_WARPS + warp,
-                            2,
-                            BLOCKS,
-                            NUM_WARPS,
-                        )
-                        mine = mine & finished
-                store_strip(
-                    totals,
-                    strip,
-                    mine,
-                    column,
-                    m0,
-                    M,
-                    N,
-                    total,
-                    lane,
-                    bias_ptr,
-                    residual_ptr,
-                    stride_residual,
-                    out_ptr,
-                    BLOCKS,
-                    HAS_BIAS,
-                    HAS_RESIDUAL,
-                )
+        if _INTERPRETED:
+            kept = ()
+            began = ()
+            for k in tl.static_range(4 * BLOCKS):
+                kept = kept + (tl.where(wraps, totals[k], left[k]),)
+                began = began + (tl.where(wraps, 0.0, totals[k]),)
+            left = kept
+            left_strip = tl.where(wraps, strip, left_strip)
+            totals = began
+        elif wraps:
+            _leave_sums(totals, crossings_address + (512 * BLOCKS) * (strip - first_strip), lane, BLOCKS)
             totals = zeros_of(thread, 4 * BLOCKS)
-        begins = begins | wraps
-        turn = next_turn
         t = next_t
         tile_u = next_u
         tile_v = next_v
-        panel = next_panel
-        words_ptr = next_words_ptr
-        bias_ptr = next_bias_ptr
-        N = next_N
-        weight_panel = next_weight_panel
-        column = next_column
         strip = next_strip
+
+    if PDL:
+        # not before: what starts early takes its place among the blocks of this kernel that still wait for theirs
+        gdc_launch_dependents()
+    if _INTERPRETED:
+        for i in range(count):
+            met = ()
+            ends = _sum_of_strip(totals, strip == first_strip + i, NUM_WARPS)
+            crossings = _sum_of_strip(left, left_strip == first_strip + i, NUM_WARPS)
+            for k in tl.static_range(4 * BLOCKS):
+                met = met + (ends[k] + crossings[k],)
+            store_strip(
+                met,
+                first_strip + i,
+                warp == 0,
+                column,
+                m0,
+                M,
+                N,
+                total,
+                lane,
+                bias_ptr,
+                residual_ptr,
+                stride_residual,
+                out_ptr,
+                BLOCKS,
+                HAS_BIAS,
+                HAS_RESIDUAL,
+            )
+    else:
+        # of the last tile's copies, which came again
+        wait_copies(lane)
+        _leave_sums(totals, buffers, lane, BLOCKS)
+        tl.debug_barrier()
+        _add_and_store(
+            first_strip,
+            count,
+            tiles,
+            column,
+            m0,
+            M,
+            N,
+            total,
+            thread,
+            table_address + TABLE_BYTES,
+            crossings_address,
+            bias_ptr,
+            residual_ptr,
+            stride_residual,
+            out_ptr,
+            END_BYTES,
+            BLOCKS,
+            HAS_BIAS,
+            HAS_RESIDUAL,
+            NUM_WARPS,
+        )

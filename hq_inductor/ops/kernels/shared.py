@@ -78,8 +78,8 @@ if INTERPRETED:
         return tl.load(pointer), tl.load(pointer + 1)
 
     @triton.jit
-    def load_shared_float(address):
-        return tl.load(address.to(tl.pointer_type(tl.float32)))
+    def load_shared_float(address, mask):
+        return tl.load(address.to(tl.pointer_type(tl.float32)), mask=mask, other=0)
 
     @triton.jit
     def store_shared_16(address, a, b, c, d):
@@ -137,9 +137,16 @@ else:
         )
 
     @triton.jit
-    def load_shared_float(address):
-        """One fp32 per thread."""
-        return tl.inline_asm_elementwise("ld.shared.f32 $0, [$1];", "=f,r", [address], tl.float32, is_pure=False, pack=1)
+    def load_shared_float(address, mask):
+        """One fp32 per thread, or 0."""
+        return tl.inline_asm_elementwise(
+            "{.reg .pred p; setp.ne.s32 p, $2, 0; mov.f32 $0, 0f00000000; @p ld.shared.f32 $0, [$1];}",
+            "=&f,r,r",
+            [address, mask.to(tl.int32)],
+            tl.float32,
+            is_pure=False,
+            pack=1,
+        )
 
     @triton.jit
     def store_shared_16(address, a, b, c, d):

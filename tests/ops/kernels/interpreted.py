@@ -23,19 +23,20 @@ from hq_inductor.ops.launch import LinearLaunch, MatmulLaunch, RingLaunch
 ops = torch.ops.hyperquant
 
 # lattice, bps, rows, columns, tile, batch, launch: every Rice parameter, both lengths of stream planes, planes too long for a buffer,
-# rows that do not fill a strip or a panel, several panels per block, tiles that do not go round the warps that share them, runs within a
-# panel and over its end
+# rows that do not fill a strip, several strips per block, runs of a warp that end within a strip or go on to the next one, warps without
+# a tile
 CASES = [
     ("e8", 4.0, 40, 512, None, 3, LinearLaunch(8, 2, 1)),
-    ("e8", 2.0, 40, 384, 128, 9, LinearLaunch(16, 1, 4, 2)),
-    ("e8", 2.0, 40, 384, 128, 9, LinearLaunch(16, 4, 2, 0)),
+    ("e8", 2.0, 40, 384, 128, 9, LinearLaunch(16, 1, 4)),
+    ("e8", 2.0, 40, 384, 128, 9, LinearLaunch(16, 2, 2)),
+    ("e8", 3.0, 16, 256, 256, 2, LinearLaunch(8, 1, 4)),
     ("e8", 2.5, 20, 256, 256, 1, LinearLaunch(8, 1, 1)),
     ("e8", 5.0, 20, 256, None, 8, LinearLaunch(8, 1, 1)),
     ("e8", 6.0, 17, 256, None, 2, LinearLaunch(8, 1, 1)),
     ("e8", 4.0, 17, 896, 896, 2, LinearLaunch(8, 1, 1)),
     ("e8", 4.125, 17, 256, None, 2, LinearLaunch(8, 1, 2)),
     ("d4", 2.0, 20, 256, None, 2, LinearLaunch(8, 1, 1)),
-    ("d4", 4.0, 20, 256, 128, 2, LinearLaunch(8, 2, 2, 2)),
+    ("d4", 4.0, 20, 256, 128, 2, LinearLaunch(8, 1, 2)),
     ("a2", 3.0, 20, 384, None, 2, LinearLaunch(8, 1, 1)),
     ("z", 3.0, 20, 256, None, 2, LinearLaunch(8, 1, 1)),
     ("e8", 4.0, 20, 256, 128, 3, RingLaunch(8, 2, 4)),
@@ -145,7 +146,7 @@ def check_siblings(counts: tuple[int, ...], blocks: int, with_bias: bool) -> Non
     x = torch.randn(3, 256).to(torch.bfloat16)
     biases = [torch.randn(rows).to(torch.bfloat16) for rows in counts] if with_bias else None
     residual = torch.randn(3, sum(counts) + 5).to(torch.bfloat16)[:, : sum(counts)]
-    launch = LinearLaunch(8, blocks, 2, 2 if blocks != 4 else 0)
+    launch = LinearLaunch(8, blocks, 2)
     words = [weight.qdata for weight in weights]
     alone = [fused_linear(x.float(), w, None, b, layout, 0, launch) for w, b in zip(words, biases or [None] * len(words), strict=True)]
     found = fused_linear(x.float(), words, None, biases, layout, 0, launch, residual)

@@ -78,7 +78,7 @@ def layout_constants(lattice: str, bps: float, plain: bool = False) -> tuple[dic
     return constants, 8 if constants["ROW_BYTES"] == 64 else 4
 
 
-LINEAR = {
+RING = {
     "words_ptr": "*i32",
     "table_ptr": "*i32",
     "x_ptr": "*i8",
@@ -94,25 +94,28 @@ LINEAR = {
     **dict.fromkeys(("bias1_ptr", "bias2_ptr", "bias3_ptr"), "*bf16"),
     **dict.fromkeys(("N1", "N2", "N3"), "i32"),
 }
+LINEAR = {name: kind for name, kind in RING.items() if name not in ("partial_ptr", "counter_ptr")}
+LINEAR |= dict.fromkeys(("dealt", "dealt1", "dealt2", "dealt3"), "i32")
 
 
 @pytest.mark.parametrize(
-    ("capability", "lattice", "bps", "columns", "registers", "siblings", "sharing"),
+    ("capability", "lattice", "bps", "columns", "registers", "siblings"),
     [
-        (80, "e8", 4.0, 8, TIGHT_REGISTERS, 1, 8),
-        (90, "e8", 4.0, 8, TIGHT_REGISTERS, 3, 4),
-        (100, "e8", 4.0, 8, TIGHT_REGISTERS, 1, 8),
-        (90, "e8", 4.0, 8, REGISTERS[8], 1, 0),
-        (90, "e8", 4.0, 32, REGISTERS[32], 4, 8),
-        (90, "e8", 4.0, 32, REGISTERS[32], 1, 0),
-        (90, "e8", 3.5, 8, REGISTERS[8], 1, 1),
-        (90, "d4", 3.0, 8, REGISTERS[8], 2, 4),
-        (90, "e8", 2.0, 8, REGISTERS[8], 1, 4),
+        (80, "e8", 4.0, 8, TIGHT_REGISTERS, 1),
+        (90, "e8", 4.0, 8, TIGHT_REGISTERS, 3),
+        (100, "e8", 4.0, 8, TIGHT_REGISTERS, 1),
+        (90, "e8", 4.0, 8, REGISTERS[8], 1),
+        (90, "e8", 4.0, 16, REGISTERS[16], 2),
+        (90, "e8", 4.0, 32, REGISTERS[32], 4),
+        (80, "e8", 4.0, 32, REGISTERS[32], 1),
+        (90, "e8", 3.5, 8, REGISTERS[8], 1),
+        (90, "d4", 3.0, 8, REGISTERS[8], 2),
+        (90, "e8", 2.0, 8, REGISTERS[8], 1),
     ],
 )
-def test_linear(capability, lattice, bps, columns, registers, siblings, sharing, tmp_path):
+def test_linear(capability, lattice, bps, columns, registers, siblings, tmp_path):
     constants, num_warps = layout_constants(lattice, bps)
-    constants |= {"COLUMNS": columns, "SHARING": max(1, sharing), "RUNS": sharing == 0, "HAS_BIAS": True, "HAS_RESIDUAL": True}
+    constants |= {"COLUMNS": columns, "HAS_BIAS": True, "HAS_RESIDUAL": True}
     constants |= {"SIBLINGS": siblings, "NUM_WARPS": num_warps, "PDL": capability >= 90}
     options = {"maxnreg": registers} if registers else {}
     sass, used, shared = compile_ahead(linear_kernel, LINEAR, constants, capability, num_warps, tmp_path, **options)
@@ -153,7 +156,7 @@ def test_linear_with_a_ring(lattice, bps, columns, rows, fp8, tmp_path):
     options = {"maxnreg": launch.registers} if launch.registers else {}
     if parts > 1:
         options["num_ctas"] = parts
-    signature = LINEAR | ({"x_ptr": "*fp8e4nv"} if fp8 else {})
+    signature = RING | ({"x_ptr": "*fp8e4nv"} if fp8 else {})
     sass, used, shared = compile_ahead(ring_linear_kernel, signature, constants, 90, launch.num_warps, tmp_path, GluonASTSource, **options)
     assert f"{'Q' if fp8 else 'I'}GMMA.64x{columns}x32" in sass and "UBLKCP" in sass
     # blocks of a cluster wait for each other, and read each other's shared memory
