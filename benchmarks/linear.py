@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from hq_inductor import HyperQuantTensor
 from hq_inductor.ops.fused import fused_linear
+from hq_inductor.ops.kernels.linear import most_strips
 from hq_inductor.ops.kernels.shared import row_bytes
 from hq_inductor.ops.launch import (
     CLUSTER_SHARE,
@@ -137,12 +138,12 @@ def launches_to_try(shape: Shape, batch: int, processors: int, ring: bool) -> li
     warps = decode_warps(shape.row_bytes)
     launches = [linear_launch(batch, shape.rows, shape.tiles, processors, shape.row_bytes, ring)]
     columns = next((c for c in REGISTERS if batch <= c), max(REGISTERS))
+    strips = -(-shape.rows // WARP_ROWS)
+    fewest = -(-strips // most_strips(columns, warps, shape.row_bytes))
     for registers, held in ((REGISTERS[columns], 2), (TIGHT_REGISTERS, 3)):
         slots = max(1, held * processors * (8 // warps) // -(-batch // columns))
-        for sharing in (n for n in (0, 1, 2, 4, 8) if n <= warps):
-            panels = -(-shape.rows * max(1, sharing) // (WARP_ROWS * warps))
-            blocks = {min(panels, slots), panels} if sharing else {min(panels * shape.tiles, slots)}
-            launches += [LinearLaunch(columns, b, warps, sharing, registers) for b in sorted(blocks)]
+        counts = {min(strips, max(fewest, slots * waves)) for waves in (1, 2, 3, 4)}
+        launches += [LinearLaunch(columns, blocks, warps, registers) for blocks in sorted(counts)]
     if ring:
         columns = next((c for c in RING_REGISTERS if batch <= c), max(RING_REGISTERS))
         splits = sorted({1, 2, 3, 4, max(1, shape.tiles // 4), max(1, shape.tiles // 2), shape.tiles} & set(range(1, shape.tiles + 1)))
@@ -150,6 +151,9 @@ def launches_to_try(shape: Shape, batch: int, processors: int, ring: bool) -> li
         launches += [
             RingLaunch(columns, parts, n, RING_REGISTERS[columns], cluster) for parts, cluster in ways for n in (4, 8) if n <= warps
         ]
+        if warps == 8:
+            shared = [parts for parts in CLUSTER_SHARE if 2 * parts <= shape.tiles]
+            launches += [RingLaunch(columns, parts, 8, RING_REGISTERS[columns], parts > 1, sharing=2) for parts in shared]
     return list(dict.fromkeys(launches))
 
 

@@ -92,13 +92,59 @@ def test_fused_linear_shapes(lattice, rows, columns, tile):
         assert (found - exact).abs().max() / exact.abs().max() < torch.finfo(torch.bfloat16).eps
 
 
-# (columns, splits, warps, registers, cluster): one part, parts that meet in global memory, parts that meet in a cluster
-RINGS = [(64, 1, 8, 128, False), (64, 3, 8, 128, False), (64, 8, 8, 128, True), (96, 4, 4, 0, True), (128, 2, 4, 0, True)]
-FP8_RINGS = [(16, 2, 8, 128, True), (128, 3, 4, 0, False), (256, 1, 8, 0, False), (256, 4, 8, 0, False), (256, 2, 8, 0, True)]
+@pytest.mark.parametrize(("lattice", "bps", "warps"), [("e8", 4.0, 8), ("e8", 3.5, 8), ("e8", 6.0, 4), ("d4", 3.0, 2)])
+@pytest.mark.parametrize("columns", [8, 16, 32])
+def test_every_deal(columns, lattice, bps, warps):
+    """Blocks with one strip of rows to as many as they can have, whose warps go on from one strip to the next, or have no tile at all."""
+    from hq_inductor.ops.fused import fused_linear
+    from hq_inductor.ops.launch import LinearLaunch
+
+    rows, batch = 203, columns - 1
+    x, residual = torch.randn(batch, 2560, device="cuda"), torch.randn(batch, 2 * rows, device="cuda")
+    weights = [HyperQuantTensor.from_hp(torch.randn(rows, 2560, device="cuda"), bps=bps, lattice=lattice, mma="int8") for _ in range(2)]
+    words = [weight.qdata for weight in weights]
+    layout = TileLayout(lattice, weights[0].tile, weights[0].code, words[0].shape[-1])
+    exact = [int8_linear_in_double(x, weight) for weight in weights]
+    for blocks in (2, 3, 5, 13):
+        launch = LinearLaunch(columns, blocks, warps, 128)
+        torch.full((batch, rows), torch.nan, device="cuda")
+        found = fused_linear(x, words[0], None, None, layout, 0, launch).double()
+        assert (found - exact[0]).abs().max() < 2e-6 * exact[0].abs().max(), launch
+        found = fused_linear(x, words, None, None, layout, 0, launch, residual).double() - residual.double()
+        assert (found - torch.cat(exact, 1)).abs().max() < 2e-6 * exact[0].abs().max(), launch
+        # the order of all sums is fixed
+        assert torch.equal(
+            fused_linear(x, words[0], None, None, layout, 0, launch), fused_linear(x, words[0], None, None, layout, 0, launch)
+        )
+
+
+# (columns, splits, warps, registers, cluster, e4m3, sharing): one part, parts that meet in global memory, parts that meet in a cluster,
+# groups of warps that share rows
+RINGS = [
+    (64, 1, 8, 128, False),
+    (64, 3, 8, 128, False),
+    (64, 8, 8, 128, True),
+    (64, 2, 8, 128, True, False, 2),
+    (96, 4, 4, 0, True),
+    (96, 1, 8, 0, False, False, 2),
+    (128, 1, 8, 0, False),
+    (128, 2, 4, 0, True),
+    (128, 2, 8, 0, True, False, 2),
+]
+FP8_RINGS = [
+    (16, 2, 8, 128, True, True),
+    (16, 2, 8, 128, True, True, 2),
+    (128, 3, 4, 0, False, True),
+    (128, 1, 8, 0, False, True, 2),
+    (256, 1, 8, 0, False, True),
+    (256, 4, 8, 0, False, True),
+    (256, 2, 8, 0, True, True),
+    (256, 2, 8, 0, True, True, 2),
+]
 
 
 @pytest.mark.parametrize("with_more", [False, True])
-@pytest.mark.parametrize("shape", [*RINGS, *((*shape, True) for shape in FP8_RINGS)], ids=str)
+@pytest.mark.parametrize("shape", [*RINGS, *FP8_RINGS], ids=str)
 def test_every_ring(shape, with_more):
     """Rows that fill no block, or whole ones with bias and residual, which are read and written by four; outputs poisoned before."""
     from hq_inductor.ops.fused import decode, fused_linear

@@ -151,7 +151,9 @@ def fused_linear(
     if isinstance(launch, RingLaunch):
         kernel, ring = ring_linear_kernel, columns
         splits = 1 if launch.cluster else launch.splits
-        grid = (sum(-(-n // (WARP_ROWS * launch.num_warps)) for n in counts), splits, padded // columns)
+        # the interpreter knows no scalars that differ from warp to warp
+        rows_of_block = WARP_ROWS * launch.num_warps // (launch.sharing if x.is_cuda else 1)
+        grid = (sum(-(-n // rows_of_block) for n in counts), splits, padded // columns)
         counters = grid[0] * launch.num_warps * grid[2] if splits > 1 else 0
         shape = _ring_arguments(launch, layout, stream_bytes, counts, out, residual)
     else:
@@ -233,7 +235,7 @@ def _ring_arguments(
     blocks = max(1, ring_warps(launch.columns) // launch.num_warps)
     stageable = out.is_cuda and stages_tiles(layout)
     steps, stages, staged, kilobytes = ring_shape(
-        launch.columns, launch.num_warps, blocks, layout.words, stream_bytes, stageable, launch.fp8
+        launch.columns, launch.num_warps, blocks, layout.words, stream_bytes, stageable, launch.fp8, launch.sharing
     )
     vector = all(n % 4 == 0 for n in counts) and (residual is None or (residual.stride(0) % 4 == 0 and ahead.is_aligned(residual)))
     # the interpreter has no clusters
@@ -243,6 +245,7 @@ def _ring_arguments(
         "LARGEST": layout.largest_value,
         "SPLIT": launch.splits > 1 and not launch.cluster,
         "PARTS": parts,
+        "SHARING": launch.sharing if out.is_cuda else 1,
         "VECTOR": vector,
         "STEPS": steps,
         "STAGES": stages,

@@ -22,11 +22,13 @@ RING_REGISTERS = {64: 128, 96: 0, 128: 0}
 FP8_REGISTERS = {16: 128, 32: 128, 64: 128, 128: 0, 256: 0}
 # blocks of a cluster, and the share of a device's slots that clusters of so many find room in (H200: 264 of 264, 248, 240)
 CLUSTER_SHARE = {1: 1.0, 2: 1.0, 4: 0.94, 8: 0.91}
-# of the kernel with a ring, in microseconds on an H200: a tile, by columns; a block's start and end; parts that meet in global memory, with
-# up to so many columns; each block that another one of its cluster meets
+# of the kernel with a ring, in microseconds on an H200 or H100: a tile, by columns, where a multiprocessor has all the warps it holds; the
+# share of that which is saved where it has few; how much longer a tile takes where groups of warps share rows, whose chunks are shorter; a
+# block's start and end; parts that meet in global memory, with up to so many columns; each block that another one of its cluster meets
 RING_TILE = {64: 6.0, 96: 3.9, 128: 3.9}
-FP8_TILE = {16: 5.0, 32: 5.2, 64: 6.0, 128: 4.5, 256: 5.6}
-RING_START, MEMORY_MEETING, CLUSTER_MEETING = 5.0, {128: 5.5, 256: 13.0}, 0.2
+FP8_TILE = {16: 5.0, 32: 5.2, 64: 6.0, 128: 4.5, 256: 5.3}
+IDLE_SHARE, SHARED_TILE = 0.2, {64: 1.08, 128: 1.02, 256: 1.08}
+RING_START, MEMORY_MEETING, CLUSTER_MEETING = 5.0, {128: 6.0, 256: 13.0}, 0.2
 # registers for three blocks
 TIGHT_REGISTERS = 80
 # coefficients of a row that a thread has in registers, and the most warps that have so many
@@ -75,6 +77,7 @@ class RingLaunch:
         registers: most registers per thread, or 0 for what the compiler likes.
         cluster: parts meet in the shared memory of a cluster of blocks, which there are 1, 2, 4 or 8 of, else in global memory.
         fp8: products of e4m3 instead of int8. Up to 256 columns then, else 128.
+        sharing: groups of four warps that share 64 rows, each with as much of the block's part of their tiles: 1, or 2 of 8 warps.
     """
 
     columns: int
@@ -83,6 +86,7 @@ class RingLaunch:
     registers: int = 0
     cluster: bool = False
     fp8: bool = False
+    sharing: int = 1
 
     def __post_init__(self) -> None:
         _check_columns(self.columns, 256 if self.fp8 else 128)
@@ -90,6 +94,8 @@ class RingLaunch:
             raise ValueError(f"a ring takes 4 or 8 warps and 8 columns or a multiple of 16, got {self.num_warps} and {self.columns}")
         if self.splits < 1 or (self.cluster and self.splits not in CLUSTER_SHARE):
             raise ValueError(f"splits must be at least 1, and 1, 2, 4 or 8 for a cluster, got {self.splits}")
+        if self.sharing not in (1, self.num_warps // 4) or (self.sharing > 1 and self.splits > 1 and not self.cluster):
+            raise ValueError(f"sharing must be 1, or 2 of 8 warps and without splits that meet in global memory, got {self.sharing}")
 
 
 def _check_columns(columns: int, most: int) -> None:
@@ -159,23 +165,6 @@ def even_parts(tiles: int, parts: int) -> int:
     return -(-tiles // -(-tiles // parts))
 
 
-def ring_parts(tiles: int, blocks: int, slots: int, tile: float, meet: float) -> tuple[int, bool]:
-    """Parts that the tiles of a row are split into, and whether they meet in a cluster: what takes the least time.
-
-    `blocks`: without parts; `slots`: blocks that a device has room for; `tile`, `meet`: microseconds that a tile takes, and a meeting in
-    global memory.
-    """
-
-    def time(option: tuple[int, bool]) -> float:
-        parts, cluster = option
-        rounds = -(-blocks * parts // max(1, int(slots * (CLUSTER_SHARE[parts] if cluster else 1))))
-        meeting = CLUSTER_MEETING * parts if cluster else meet if parts > 1 else 0.0
-        return rounds * (RING_START + -(-tiles // parts) * tile) + meeting
-
-    options = [(1, False), (even_parts(tiles, slots // blocks), False), *((parts, True) for parts in (2, 4, 8) if parts <= tiles)]
-    return min(options, key=time)
-
-
 @functools.lru_cache(maxsize=4096)
 def matmul_launch(batch: int, rows: int, tiles: int, processors: int, warpgroups: bool) -> MatmulLaunch:
     """Launch of the int8 product; `warpgroups`: the device multiplies by groups of four warps, from shared memory (sm_90 and newer).
@@ -208,21 +197,47 @@ def linear_launch(batch: int, rows: int, tiles: int, processors: int, row_bytes:
     num_warps = decode_warps(row_bytes)
     slots = max(1, 2 * processors * (8 // num_warps) // -(-batch // columns))
     strips = -(-rows // WARP_ROWS)
+    if columns == MMA_COLUMNS and num_warps == 8 and slots < strips <= slots * 3 // 2:
+        # a strip for each of three blocks takes less than two for one of two
+        return LinearLaunch(columns, strips, num_warps, TIGHT_REGISTERS)
     waves = -(-strips // (slots * most_strips(columns, num_warps, row_bytes)))
     return LinearLaunch(columns, min(strips, slots * waves), num_warps, REGISTERS[columns])
 
 
 def _ring_launch(batch: int, rows: int, tiles: int, processors: int, row_bytes: int, fp8: bool) -> RingLaunch:
-    registers, tile = (FP8_REGISTERS, FP8_TILE) if fp8 else (RING_REGISTERS, RING_TILE)
+    """The launch that takes the least time by what its tiles, starts and meetings take."""
+    registers, tile_times = (FP8_REGISTERS, FP8_TILE) if fp8 else (RING_REGISTERS, RING_TILE)
     columns = next((c for c in registers if batch <= c), max(registers))
-    num_warps = decode_warps(row_bytes) if columns <= 64 or columns == 256 else 4
-    blocks = -(-rows // (WARP_ROWS * num_warps)) * -(-batch // columns)
-    meet = next(time for most, time in MEMORY_MEETING.items() if columns <= most)
-    splits, cluster = ring_parts(tiles, blocks, processors * ring_warps(columns) // num_warps, tile[columns], meet)
-    if cluster and columns == 64:
-        # small blocks find places more evenly
-        num_warps = 4
-    return RingLaunch(columns, splits, num_warps, registers[columns], cluster, fp8)
+    most_warps = decode_warps(row_bytes)
+    # small blocks find places more evenly
+    num_warps, in_clusters = (most_warps, 4) if columns <= 64 else (most_warps, most_warps) if columns == 256 else (4, 4)
+    held, column_blocks = ring_warps(columns), -(-batch // columns)
+
+    def panels(warps: int, sharing: int) -> int:
+        return -(-rows * sharing // (WARP_ROWS * warps)) * column_blocks
+
+    def time(launch: RingLaunch) -> float:
+        blocks = panels(launch.num_warps, launch.sharing) * launch.splits
+        slots = processors * max(1, held // launch.num_warps)
+        rounds = -(-blocks // max(1, int(slots * (CLUSTER_SHARE[launch.splits] if launch.cluster else 1))))
+        busy = min(1.0, launch.num_warps * -(-blocks // processors) / held)
+        tile = tile_times[columns] * (1 - IDLE_SHARE * (1 - busy)) * (_up_to(SHARED_TILE, columns) if launch.sharing > 1 else 1)
+        meeting = CLUSTER_MEETING * launch.splits if launch.cluster else _up_to(MEMORY_MEETING, columns) if launch.splits > 1 else 0.0
+        return rounds * (RING_START + -(-tiles // (launch.splits * launch.sharing)) * tile) + meeting
+
+    def launch(splits: int, warps: int, cluster: bool = False, sharing: int = 1) -> RingLaunch:
+        return RingLaunch(columns, splits, warps, registers[columns], cluster, fp8, sharing)
+
+    slots = processors * max(1, held // num_warps)
+    options = [launch(1, num_warps), launch(even_parts(tiles, slots // panels(num_warps, 1)), num_warps)]
+    options += [launch(parts, in_clusters, True) for parts in (2, 4, 8) if parts <= tiles]
+    if most_warps == 8:
+        options += [launch(parts, 8, parts > 1, 2) for parts in (1, 2) if 2 * parts <= tiles]
+    return min(options, key=time)
+
+
+def _up_to(values: dict[int, float], columns: int) -> float:
+    return next(value for most, value in values.items() if columns <= most)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -173,11 +173,12 @@ def check_launch(shape: Shape, launch: LinearLaunch | RingLaunch, ring: bool) ->
     if isinstance(launch, RingLaunch):
         if not ring:
             raise ValueError("the device has no kernel with a ring")
-        if launch.splits > shape.tiles:
-            raise ValueError(f"splits must be at most the {shape.tiles} tiles, got {launch.splits}")
+        parts = launch.splits * launch.sharing
+        if parts > shape.tiles:
+            raise ValueError(f"splits must be at most the {shape.tiles} tiles, got {parts}")
         # tiles are staged only where there is room; without them is what must fit
         blocks = max(1, ring_warps(launch.columns) // launch.num_warps)
-        ring_shape(launch.columns, launch.num_warps, blocks, 0, shape.row_bytes, False, launch.fp8)
+        ring_shape(launch.columns, launch.num_warps, blocks, 0, shape.row_bytes, False, launch.fp8, launch.sharing)
         return
     most, strips = most_strips(launch.columns, launch.num_warps, shape.row_bytes), -(-shape.rows // WARP_ROWS)
     if not strips <= launch.blocks * most <= strips * most:

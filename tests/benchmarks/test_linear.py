@@ -24,7 +24,7 @@ def test_table_and_floor():
 
 def test_tune_saves_what_beats_the_rules(monkeypatch, tmp_path, capsys):
     """With times that are made up: one launch is faster at all batches, one at batch 8 alone, one by 1 % everywhere."""
-    faster = LinearLaunch(8, 3, 8, 2, 128)
+    faster = LinearLaunch(8, 50, 8, 128)
 
     def tune(rows, columns, batches, bps):
         shape, times = Shape(0, rows, columns // 512, 64), {}

@@ -104,7 +104,7 @@ def test_compiles_what_a_call_launches(compiled, batch, mma, kernels):
         assert options["num_warps"] in (1, 4, 8)
     if batch == 1:
         given = compiled[1][1]
-        assert (given["out_ptr"], given["words_ptr"], given["partial_ptr"]) == (torch.bfloat16, torch.int32, torch.float32)
+        assert (given["out_ptr"], given["words_ptr"], given["act_scale_ptr"]) == (torch.bfloat16, torch.int32, torch.float32)
         assert (given["N"], given["COLUMNS"], given["SIBLINGS"], given["PDL"]) == (96, 8, 1, True)
     ahead.wait_for_kernels()
     # read by this process

@@ -16,7 +16,7 @@ from hq_inductor.format.rates import weight_layout
 from hq_inductor.ops import launch as launch_module
 from hq_inductor.ops import launch_table
 from hq_inductor.ops.fused import _default_launch, stages_tiles
-from hq_inductor.ops.kernels.linear import sums_bytes
+from hq_inductor.ops.kernels.linear import most_strips
 from hq_inductor.ops.kernels.ring_output import output_bytes
 from hq_inductor.ops.kernels.shared import OVERRUN, SHARED_BYTES, TABLE_BYTES, buffer_bytes, row_bytes
 from hq_inductor.ops.kernels.warpgroup import ring_shape
@@ -29,12 +29,12 @@ from hq_inductor.ops.launch import (
     TIGHT_REGISTERS,
     LinearLaunch,
     RingLaunch,
+    deal_blocks,
     decode_warps,
     even_parts,
     fp8_launch,
     linear_launch,
     many_coefficients,
-    ring_parts,
     ring_warps,
     row_launch,
 )
@@ -57,15 +57,16 @@ def test_rings_have_room(rows):
             launch = fp8_launch(batch, rows, 8, 132, stream) if fp8 else linear_launch(batch, rows, 8, 132, stream, True)
             assert isinstance(launch, RingLaunch) and launch.fp8 == fp8
             assert (batch <= launch.columns or launch.columns == 128) and 1 <= launch.splits <= 8
-            blocks = ring_warps(launch.columns) // launch.num_warps
+            blocks, sharing = ring_warps(launch.columns) // launch.num_warps, launch.sharing
             steps, stages, staged, kilobytes = ring_shape(
-                launch.columns, launch.num_warps, blocks, layout.words, stream, stages_tiles(layout), launch.fp8
+                launch.columns, launch.num_warps, blocks, layout.words, stream, stages_tiles(layout), launch.fp8, sharing
             )
             assert steps in (1, 2, 4) and 3 <= stages <= 4
             scales = 0 if fp8 else 8 * launch.columns
             warp = 2 * 16 * (4 * layout.words + 16) + scales if staged else buffer_bytes(stream)
-            assert TABLE_BYTES.value + output_bytes(launch.columns, 16 * launch.num_warps) <= 1024 * kilobytes
-            assert TABLE_BYTES.value + launch.num_warps * warp + 32 * steps * stages * launch.columns + 16 * stages <= 1024 * kilobytes
+            assert TABLE_BYTES.value + sharing * output_bytes(launch.columns, 16 * launch.num_warps // sharing) <= 1024 * kilobytes
+            ring = 32 * steps * stages * launch.columns + 16 * stages
+            assert TABLE_BYTES.value + launch.num_warps * warp + sharing * ring <= 1024 * kilobytes
             assert blocks * (kilobytes + 1) <= SHARED_KB
             assert blocks * launch.num_warps * 32 * launch.registers <= REGISTERS
 
@@ -78,33 +79,47 @@ def test_blocks_live_at_once_and_share_the_work(rows, processors):
         for tiles in (1, 2, 7, 8, 16, 28, 56):
             for batch in (1, 8, 9, 16, 32, 33, 70):
                 launch = linear_launch(batch, rows, tiles, processors, stream, False)
-                panels = -(-rows // launch.panel_rows)
-                slots = SHARED_KB * 1024 // SHARED_BYTES.value * processors
                 held = REGISTERS // (32 * launch.num_warps * launch.registers)
-                waves = launch.registers == TIGHT_REGISTERS and launch.blocks == panels
-                column_blocks = -(-batch // launch.columns)
-                assert waves or launch.blocks * column_blocks <= max(column_blocks, min(slots, held * processors))
-                assert launch.sharing == 0 or launch.blocks == panels
+                slots = min(SHARED_KB * 1024 // SHARED_BYTES.value, held) * processors
+                strips, column_blocks = -(-rows // 16), -(-batch // launch.columns)
+                most = most_strips(launch.columns, launch.num_warps, stream)
+                assert -(-strips // most) <= launch.blocks <= strips
+                # all live at once, or as many several times
+                assert launch.blocks * column_blocks <= max(column_blocks, slots) or launch.blocks % (slots // column_blocks) == 0
                 # no warp has many more tiles to decode than an equal share among all that can live at once
-                turns = -(-panels * tiles // launch.blocks) if launch.sharing == 0 else -(-tiles // launch.sharing)
-                share = -(-rows // 16) * tiles * column_blocks / (16 * processors)
-                assert waves or turns < 1.25 * max(share, tiles / launch.num_warps) + 2
-                taken = launch.num_warps * buffer_bytes(stream) + sums_bytes(launch.columns, launch.num_warps)
+                waves = -(-launch.blocks * column_blocks // slots)
+                turns = -(-strips // launch.blocks) * tiles / launch.num_warps * waves
+                share = strips * tiles * column_blocks / (launch.num_warps * slots)
+                assert turns < share + (waves + 1) * tiles / launch.num_warps
+                taken = launch.num_warps * (buffer_bytes(stream) or 64 * launch.columns) + 64 * launch.columns * (most - 1)
                 assert TABLE_BYTES.value + taken <= SHARED_BYTES.value
 
 
-def test_waves_and_runs():
-    """The three ways of dealing, for the weights of Llama 3."""
+def test_blocks_of_a_weight():
+    """For the weights of Llama 3: two blocks per multiprocessor, or three with one strip each instead of two with one or two."""
 
-    def dealt(rows, columns):
-        launch = linear_launch(1, rows, columns // 512, 132, 64, True)
-        return launch.sharing, launch.blocks, launch.registers
+    def dealt(rows, columns, batch=1):
+        launch = linear_launch(batch, rows, columns // 512, 132, 64, True)
+        return launch.blocks, launch.registers
 
-    assert dealt(4096, 4096) == (8, 256, 128)
-    assert dealt(6144, 4096) == (8, 384, TIGHT_REGISTERS)
-    assert dealt(8192, 8192) == (4, 256, 128)
-    assert dealt(28672, 4096) == (0, 264, 128)
-    assert dealt(28672, 8192) == (4, 896, TIGHT_REGISTERS)
+    assert dealt(4096, 4096) == (256, 128)
+    assert dealt(6144, 4096) == (384, TIGHT_REGISTERS) and dealt(6144, 4096, 9) == (264, 128)
+    assert dealt(14336, 4096) == dealt(28672, 8192) == (264, 128)
+    # more strips than two blocks per multiprocessor can have
+    assert dealt(128256, 4096) == (1056, 128)
+
+
+@pytest.mark.parametrize("rows", [(4096, 1024, 1024), (5,), (16, 0, 40), (28672, 16), (100, 100, 100, 20000)])
+def test_blocks_of_siblings(rows):
+    strips = [-(-n // 16) for n in rows]
+    for blocks in (1, 7, 264, 396):
+        dealt = deal_blocks(rows, min(blocks, sum(strips)), 8)
+        assert all(-(-n // 8) <= b <= n and (b > 0) == (n > 0) for n, b in zip(strips, dealt, strict=True))
+        # no more than asked for but where some have more strips than they can, and none has many more than another
+        least = sum(max(min(n, 1), -(-n // 8)) for n in strips)
+        assert sum(dealt) <= max(min(blocks, sum(strips)), least + len(rows))
+        if blocks == 264:
+            assert max(n / b for n, b in zip(strips, dealt, strict=True) if b) <= max(1, min(8, 1.25 * sum(strips) / blocks + 1))
 
 
 def test_no_room_for_a_ring():
@@ -122,23 +137,22 @@ def test_stray_decoders_stay_in_shared_memory():
 
 
 def test_parts_of_a_ring():
-    """Clusters where they find room together, global memory where they do not; parts only where they save time."""
+    """Clusters where they find room together, global memory where they do not, groups of warps that share rows where blocks are few."""
 
     def parts(rows, columns, batch=64):
         launch = linear_launch(batch, rows, columns // 512, 132, 64, True)
-        return launch.splits, launch.cluster
+        return launch.splits, launch.cluster, launch.sharing
 
-    assert parts(6144, 4096) == (4, True)
-    assert parts(14336, 4096) == (2, True)
-    assert parts(8192, 8192, 128) == (2, True)
+    assert parts(4096, 4096) == parts(6144, 4096) == (4, True, 1)
+    assert parts(14336, 4096) == (2, True, 1)
+    assert parts(8192, 8192) == parts(4096, 4096, 128) == (2, True, 2)
+    assert parts(6144, 4096, 128) == (1, False, 2)
     # 32 clusters of 8 blocks would need every slot there is
-    assert parts(4096, 4096) == (8, False)
-    assert parts(28672, 8192) == (1, False)
-    for tiles in (1, 2, 7, 28):
-        for blocks in (1, 10, 64, 300):
-            for slots in (1, 16, 264):
-                splits, cluster = ring_parts(tiles, blocks, slots, 5.0, 5.5)
-                assert 1 <= splits <= tiles and (not cluster or splits in CLUSTER_SHARE)
+    assert parts(4096, 14336) == (7, False, 1)
+    assert parts(28672, 8192) == parts(14336, 4096, 128) == (1, False, 1)
+    for tiles, rows, processors, batch in itertools.product((1, 2, 7, 28), (16, 200, 4096), (1, 16, 132), (33, 100, 256)):
+        launch = linear_launch(batch, rows, tiles, processors, 64, True)
+        assert 1 <= launch.splits * launch.sharing <= tiles and (not launch.cluster or launch.splits in CLUSTER_SHARE)
 
 
 def test_parts_are_even():
@@ -158,8 +172,10 @@ def test_parts_are_even():
         ((RingLaunch, 256, 1, 8), "columns must be a multiple of 8 from 8 to 128, got 256"),
         ((LinearLaunch, 12, 1, 8), "columns must be a multiple of 8"),
         ((LinearLaunch, 8, 0, 8), "blocks must be at least 1"),
+        ((LinearLaunch, 64, 1, 8), "columns must be a multiple of 8 from 8 to 32, got 64"),
         ((LinearLaunch, 8, 1, 3), "num_warps must be 1, 2, 4 or 8"),
-        ((LinearLaunch, 8, 1, 4, 3), "sharing must be 0 or divide 4 warps, got 3"),
+        ((RingLaunch, 64, 1, 4, 0, False, False, 2), "sharing must be 1, or 2 of 8 warps"),
+        ((RingLaunch, 64, 2, 8, 0, False, False, 2), "without splits that meet in global memory, got 2"),
     ],
 )
 def test_launches_are_checked(arguments, message):
@@ -173,8 +189,8 @@ PROCESSORS = {"NVIDIA H200": 132}
 CUDA = torch.device("cuda", 0)
 ABOUT = dict.fromkeys(launch_table.ABOUT, "")
 SHAPE = Shape(8, 640, 7, 64)
-LINEAR, RING = LinearLaunch(8, 11, 8, 4, 96), RingLaunch(64, 4, 8, 128, True)
-FIELDS = {"columns": 64, "splits": 4, "num_warps": 8, "registers": 128, "cluster": True}
+LINEAR, RING = LinearLaunch(8, 11, 8, 96), RingLaunch(64, 4, 8, 128, True)
+FIELDS = {"columns": 64, "splits": 4, "num_warps": 8, "registers": 128, "cluster": True, "sharing": 1}
 ENTRIES = {SHAPE._replace(batch=64): (RING, 1.5), SHAPE: (LINEAR, 1.0312)}
 
 
@@ -218,13 +234,10 @@ def test_stored_launches_fit_and_differ_from_the_rules(path):
     for shape, launch in launches.items():
         assert launch != linear_launch(*shape[:3], PROCESSORS[text["device"]], shape.row_bytes, True)
         assert 32 * launch.num_warps * launch.registers <= REGISTERS
-        if isinstance(launch, LinearLaunch):
-            taken = launch.num_warps * buffer_bytes(shape.row_bytes) + sums_bytes(launch.columns, launch.num_warps)
-            assert TABLE_BYTES.value + taken <= SHARED_BYTES.value
 
 
 def test_stored_launches_are_found(device):
-    (shape, launch), *_ = read_table(launch_table.DIRECTORY / "nvidia_h200.json", True).items()
+    (shape, launch), *_ = read_table(launch_table.DIRECTORY / table_name(device.name), True).items()
     assert chosen(1, shape.rows, shape.tiles) == chosen(shape.batch, shape.rows, shape.tiles) == launch
     assert stored_launch(*shape, CUDA) == launch
     for other in (shape._replace(rows=shape.rows + 16), shape._replace(tiles=shape.tiles + 1), shape._replace(row_bytes=128)):
@@ -291,12 +304,15 @@ def entry(kind="linear", gain=1.1, launch=LINEAR, **fields):
         (entry(batch=12), "there is no such Shape.batch=12"),
         (entry(gain="much"), "gain must be a number, got 'much'"),
         (entry(linear=[8]), "linear must be an object"),
-        (entry(linear={**vars(LINEAR), "stages": 3}), "linear must have the fields columns, blocks, num_warps, sharing, registers, got"),
-        (entry(linear={**vars(LINEAR), "sharing": True}), "sharing must be an integer, got True"),
+        (entry(linear={**vars(LINEAR), "stages": 3}), "linear must have the fields columns, blocks, num_warps, registers, got"),
+        (entry(linear={**vars(LINEAR), "blocks": True}), "blocks must be an integer, got True"),
+        (entry(linear={**vars(LINEAR), "blocks": 4}), "blocks must be from 5 to 40 for 640 rows, got 4"),
+        (entry(launch=LinearLaunch(8, 41, 8)), "blocks must be from 5 to 40 for 640 rows, got 41"),
         (entry(linear={**vars(LINEAR), "num_warps": 3}), "num_warps must be 1, 2, 4 or 8, got 3"),
         (entry(row_bytes=128), "num_warps must be at most 4 for row_bytes 128, got 8"),
-        (entry(launch=LinearLaunch(8, 11, 8, 4, 256)), "registers must be 0 or from 32 to 255, got 256"),
+        (entry(launch=LinearLaunch(8, 11, 8, 256)), "registers must be 0 or from 32 to 255, got 256"),
         (entry("ring", launch=RingLaunch(64, 8, 8)), "splits must be at most the 7 tiles, got 8"),
+        (entry("ring", launch=RingLaunch(64, 4, 8, 0, True, False, 2)), "splits must be at most the 7 tiles, got 8"),
         (entry("ring", ring={**FIELDS, "cluster": 1}), "cluster must be true or false, got 1"),
         (entry("ring", launch=RingLaunch(64, 1, 8), row_bytes=128), "num_warps must be at most 4"),
         (entry().replace("[{", "[{}, {"), "entry {}: it must have the fields"),

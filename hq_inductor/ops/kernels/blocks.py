@@ -195,8 +195,8 @@ def weight_of_panel(panel, pointers, rows, SIBLINGS: tl.constexpr, ROWS: tl.cons
 def weight_of_block(block, pointers, rows, dealt, SIBLINGS: tl.constexpr):
     """As `weight_of_panel`, for weights with `dealt // 16` blocks each.
 
-    Words, bias, the block's number among the weight's, what the weight has of `dealt`, the output column of its first row, its rows, and the
-    rows of all weights.
+    Words, bias, the block's number among the weight's, what the weight has of `dealt`, the output column of its first row, its rows, and
+    the rows of all weights.
     """
     words_ptr = pointers[0]
     bias_ptr = pointers[4]

@@ -33,7 +33,7 @@ from .shared import (
     wait_copies,
 )
 from .tile import decode_vector, first_cursor, first_window, header_word, load_raw, next_quads, read_header, restore_signs
-from .warp import mma_s8
+from .warp import mma_s8, own_warp
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -47,10 +47,6 @@ def most_strips(columns: int, num_warps: int, row_bytes: int) -> int:
 
 
 if INTERPRETED:
-
-    @triton.jit
-    def _own_warp(N, thread):
-        return thread // 32
 
     @triton.jit
     def _rounds(count):
@@ -67,13 +63,6 @@ if INTERPRETED:
         return sums
 
 else:
-
-    @triton.jit
-    def _own_warp(N, thread):
-        """Number of the warp in its block: a scalar, and what follows from it may differ from warp to warp, loops and branches too."""
-        return tl.inline_asm_elementwise(
-            "{.reg .b32 t; mov.u32 t, %tid.x; shr.u32 $0, t, 5;}", "=r,r", [N], tl.int32, is_pure=True, pack=1
-        )
 
     @triton.jit
     def _rounds(count):
@@ -285,11 +274,11 @@ def linear_kernel(
     )
     # divisions take long, and nothing can be loaded before
     fewest = dealt & 15
-    more = ((N + 15) >> 4) - fewest * (dealt >> 4)
-    first_strip = first_unit(index, fewest, more)
-    count = first_unit(index + 1, fewest, more) - first_strip
+    longer = ((N + 15) >> 4) - fewest * (dealt >> 4)
+    first_strip = first_unit(index, fewest, longer)
+    count = first_unit(index + 1, fewest, longer) - first_strip
     # a warp's run of the block's tiles
-    own = _own_warp(N, thread)
+    own = own_warp(N, thread)
     begin = _share(own, count * tiles, NUM_WARPS)
     mine = _share(own + 1, count * tiles, NUM_WARPS) - begin
     m0 = tl.program_id(1) * COLUMNS

@@ -6,9 +6,11 @@ e4m3.        With FP8 codes become e4m3 in the registers they are decoded to, as
 Parts.       Where the tiles of a row are dealt to several blocks, sums meet in the shared memory of a cluster
              (`hq_inductor.ops.kernels.ring_output`) or in global memory (`hq_inductor.ops.kernels.blocks`): a device has fewer places for
              clusters than for blocks.
-Work.        A warp owns 16 rows of the weight. Activations come through shared memory once per block, and four warps multiply together
-             while they decode what comes next (`hq_inductor.ops.kernels.warpgroup`). Whole tiles and the scales of activations come
-             through shared memory too where there is room: so much of it leaves the L1 none for loads on their way.
+Work.        A warp owns 16 rows of the weight, or SHARING groups of four warps share 64 rows, each with a part of their tiles and a ring of
+             its own, and their sums meet in shared memory: a small weight keeps more warps at work. Activations come through shared memory
+             once per ring, and four warps multiply together while they decode what comes next (`hq_inductor.ops.kernels.warpgroup`). Whole
+             tiles and the scales of activations come through shared memory too where there is room: so much of it leaves the L1 none for
+             loads on their way.
 Memory.      Triton itself allocates shared memory only for its own conversions, and 48 KiB are the most that inline PTX may declare. Gluon
              allocates as much as there is; the rest is plain Triton.
 """
@@ -40,7 +42,7 @@ from .memory import load_global
 from .ring_output import cluster_rank, meet_and_store
 from .shared import ROW_GAP, TABLE_BYTES, commit_copies, load_shared_floats, load_table, shared_base, wait_copies
 from .tile import decode_vector, first_cursor, first_window, header_word, load_raw, next_quads, read_header, restore_signs
-from .warp import codes_to_e4m3, pack_halves
+from .warp import codes_to_e4m3, own_warp, pack_halves
 from .warpgroup import fill, next_products, open_ring, products_wait
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -134,6 +136,7 @@ def _ring_block(
     LARGEST: tl.constexpr,  # value that a code can have
     SPLIT: tl.constexpr,  # parts of the tiles of a row meet in global memory
     PARTS: tl.constexpr,  # or these many in the shared memory of a cluster's blocks
+    SHARING: tl.constexpr,  # not if SPLIT, or under the interpreter
     VECTOR: tl.constexpr,  # of `meet_and_store`
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
@@ -145,7 +148,7 @@ def _ring_block(
     STAGED: tl.constexpr,  # whole tiles, and the activations' scales, come through shared memory; needs CHUNKED
     SHARED: tl.constexpr,  # symbol of the block's shared memory
 ):
-    """Cluster (i, p, c): rows 16 NUM_WARPS i on, part p of the tiles, batch columns COLUMNS c on."""
+    """Cluster (i, p, c): rows 16 NUM_WARPS / SHARING i on, part p of the tiles, batch columns COLUMNS c on."""
     STREAM: tl.constexpr = WORDS - RAW
     END: tl.constexpr = 32 * STREAM
     GROUPS: tl.constexpr = TILE // 128
@@ -153,11 +156,12 @@ def _ring_block(
     # 16-byte loads of the raw words; unrolled, so short tiles only
     CHUNKED: tl.constexpr = ALIGNED and LATTICE != "d4" and GROUPS <= 4 and K * GROUPS % 4 == 0
     FIRST: tl.constexpr = (K - 1) // 4 + 1  # 16-byte loads that the first group needs
+    STRIPS: tl.constexpr = NUM_WARPS // SHARING
 
     pointers = (words_ptr, words1_ptr, words2_ptr, words3_ptr, bias_ptr, bias1_ptr, bias2_ptr, bias3_ptr)
     rows = (N, N1, N2, N3)
-    total = count_panels(rows, SIBLINGS, 16 * NUM_WARPS)[1]
-    words_ptr, bias_ptr, N, panel, column = weight_of_panel(tl.program_id(0), pointers, rows, SIBLINGS, 16 * NUM_WARPS)
+    total = count_panels(rows, SIBLINGS, 16 * STRIPS)[1]
+    words_ptr, bias_ptr, N, panel, column = weight_of_panel(tl.program_id(0), pointers, rows, SIBLINGS, 16 * STRIPS)
     m0 = tl.program_id(2) * COLUMNS
     part = tl.program_id(1)
     parts = tl.num_programs(1)
@@ -169,9 +173,14 @@ def _ring_block(
     j = lane % 4
     r = lane // 4
     odd = lane % 2
-    strip = panel * NUM_WARPS + warp
-    first_tile = part * tiles // parts
-    last_tile = (part + 1) * tiles // parts
+    strip = panel * STRIPS + warp % STRIPS
+    share = 0
+    if SHARING > 1:
+        # a scalar that is not the same in all warps, nor is what follows from it
+        share = own_warp(N, thread) // STRIPS
+    first_tile = (part * SHARING + share) * tiles // (parts * SHARING)
+    last_tile = (part * SHARING + share + 1) * tiles // (parts * SHARING)
+    member = thread % (32 * STRIPS)
 
     # offsets of 32 bits from here on, where registers are dear: a weight has less than 2^31 words
     # of a warp: two buffers, used in turns
@@ -191,8 +200,9 @@ def _ring_block(
         after: tl.constexpr = TABLE_BYTES + NUM_WARPS * 2 * (BUFFER if ROW_BYTES > 0 else 0)
         scales = table_address + after + warp * SCALES
         slots = shared_base(M, SHARED) + (after + (NUM_WARPS * SCALES if STAGED else 0))
-        barriers = slots + STAGES * CHUNK
-        open_ring(barriers, thread, STAGES, NUM_WARPS)
+        barriers = slots + SHARING * STAGES * CHUNK + share * (16 * STAGES)
+        slots += share * (STAGES * CHUNK)
+        open_ring(barriers, member, STAGES, STRIPS)
         if STAGED:
             stage_tiles(words_ptr, strip, first_tile, N, tiles, lane, buffers, WORDS, STRIDE)
         elif ROW_BYTES > 0:
@@ -217,12 +227,12 @@ def _ring_block(
     x_ptr += (tl.program_id(2) * tiles + first_tile).to(tl.int64) * (TILE * COLUMNS)
     chunks = (last_tile - first_tile) * (TILE // (32 * STEPS))
     place = (0, 0, 0, 0, 0, 0, 0)  # as `next_products` has it
-    source = (x_ptr, slots, barriers, chunks, thread, lane)
+    source = (x_ptr, slots, barriers, chunks, member, lane)
     if STAGED and not FP8:
         stage_scales(act_scale_ptr + first_tile * M_PAD + m0, lane, scales, COLUMNS)
         commit_copies(lane)
     for stage in tl.static_range(STAGES):
-        fill(thread + tl.where(stage < chunks, 0, 256), barriers + 8 * stage, slots + CHUNK * stage, x_ptr + CHUNK * stage, CHUNK)
+        fill(member + tl.where(stage < chunks, 0, 256), barriers + 8 * stage, slots + CHUNK * stage, x_ptr + CHUNK * stage, CHUNK)
     # bits before the rows' stream planes: in shared memory, or of a plane by itself
     bits_u = thread * 0
     bits_v = bits_u
@@ -439,9 +449,10 @@ def _ring_block(
         meet_and_store(
             totals,
             thread,
+            share,
             part,
             table_address + TABLE_BYTES,
-            panel * (16 * NUM_WARPS),
+            panel * (16 * STRIPS),
             column,
             m0,
             M,
@@ -452,8 +463,9 @@ def _ring_block(
             stride_residual,
             out_ptr,
             BLOCKS,
-            16 * NUM_WARPS,
+            16 * STRIPS,
             PARTS,
+            SHARING,
             HAS_BIAS,
             HAS_RESIDUAL,
             VECTOR,
@@ -530,6 +542,7 @@ def ring_linear_kernel(
     LARGEST: tl.constexpr,  # value that a code can have
     SPLIT: tl.constexpr,  # parts of the tiles of a row meet in global memory
     PARTS: tl.constexpr,  # or these many in the shared memory of a cluster's blocks
+    SHARING: tl.constexpr,  # groups of four warps that share rows
     VECTOR: tl.constexpr,  # of `meet_and_store`
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
@@ -584,6 +597,7 @@ def ring_linear_kernel(
         LARGEST,
         SPLIT,
         PARTS,
+        SHARING,
         VECTOR,
         HAS_BIAS,
         HAS_RESIDUAL,

@@ -90,6 +90,7 @@ def _load_of_block(address, block, PARTS: tl.constexpr):
 def meet_and_store(
     totals,
     thread,
+    share,
     part,
     address,
     first_row,
@@ -105,21 +106,25 @@ def meet_and_store(
     BLOCKS: tl.constexpr,
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
+    SHARING: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
     """Sums of ROWS rows from `first_row` on and `8 BLOCKS` batch columns from `m0` on, as MMAs leave them, of all PARTS of a cluster.
 
+    In each block SHARING times as many threads as rows need have a share of them, this one `share`.
     `address` is where they meet, in the shared memory of each block; nobody reads anything else there any more, nor is a copy under way.
     VECTOR: rows of all weights and distances of rows are multiples of 4, pointers aligned.
     """
     PITCH: tl.constexpr = ROWS + PADDING
     QUADS: tl.constexpr = 2 * BLOCKS * ROWS
-    THREADS: tl.constexpr = 2 * ROWS
+    THREADS: tl.constexpr = 2 * ROWS * SHARING
+    BYTES: tl.constexpr = 32 * BLOCKS * PITCH  # of a share
+    SHARES: tl.constexpr = PARTS * SHARING
     lane = thread % 32
     # rows of a thread's first sum, before and after
-    mine = address + 4 * (PITCH * (2 * (lane % 4)) + thread // 32 * 16 + lane // 4)
+    mine = address + share * BYTES + 4 * (PITCH * (2 * (lane % 4)) + thread // 32 % (ROWS // 16) * 16 + lane // 4)
     for b in tl.static_range(BLOCKS):
         for i in tl.static_range(4):
             store_shared(mine + 4 * (PITCH * (8 * b + i % 2) + 8 * (i // 2)), totals[4 * b + i].to(tl.int32, bitcast=True))
@@ -129,14 +134,14 @@ def meet_and_store(
         tl.debug_barrier()
     TURNS: tl.constexpr = (QUADS + THREADS * PARTS - 1) // (THREADS * PARTS)
     # loads of a round are under way together, as many as there are registers for
-    ROUND: tl.constexpr = 1 if TURNS % 2 or PARTS > 4 else 2 if TURNS % 4 or PARTS > 2 else 4
+    ROUND: tl.constexpr = 1 if TURNS % 2 or SHARES > 4 else 2 if TURNS % 4 or SHARES > 2 else 4
     for first in range(0, TURNS, ROUND):
         loaded = ()
         for u in tl.static_range(ROUND):
             quad = tl.minimum(((first + u) * PARTS + part) * THREADS + thread, QUADS - 1)
             place = address + 4 * (PITCH * (quad // (ROWS // 4)) + quad % (ROWS // 4) * 4)
-            for s in tl.static_range(PARTS):
-                loaded = loaded + _load_of_block(place, thread * 0 + s, PARTS)
+            for s in tl.static_range(SHARES):
+                loaded = loaded + _load_of_block(place + s % SHARING * BYTES, thread * 0 + s // SHARING, PARTS)
         for u in tl.static_range(ROUND):
             quad = ((first + u) * PARTS + part) * THREADS + thread
             inside = quad < QUADS
@@ -146,9 +151,9 @@ def meet_and_store(
             inside = inside & (m < M)
             values = ()
             for i in tl.static_range(4):
-                value = loaded[4 * PARTS * u + i]
-                for s in tl.static_range(1, PARTS):
-                    value += loaded[4 * (PARTS * u + s) + i]
+                value = loaded[4 * SHARES * u + i]
+                for s in tl.static_range(1, SHARES):
+                    value += loaded[4 * (SHARES * u + s) + i]
                 if HAS_BIAS:
                     value += load_global(bias_ptr + n + i, inside & (n + i < N)).to(tl.float32)
                 values = values + (value,)

@@ -114,6 +114,10 @@ if INTERPRETED:
     def sync_warp(thread):
         pass
 
+    @triton.jit
+    def own_warp(x, thread):
+        return thread // 32
+
 else:
 
     @triton.jit
@@ -269,6 +273,14 @@ else:
             return tl.inline_asm_elementwise("prmt.b32 $0, $1, $2, 0x5410;", "=r,r,r", [a, b], tl.int32, is_pure=True, pack=1)
         else:
             return tl.inline_asm_elementwise("prmt.b32 $0, $1, $2, 0x7632;", "=r,r,r", [a, b], tl.int32, is_pure=True, pack=1)
+
+    @triton.jit
+    def own_warp(x, thread):
+        """Number of the warp in its block, as a scalar: what follows from it may differ from warp to warp, branches and loops too.
+
+        `x` is any int32 scalar.
+        """
+        return tl.inline_asm_elementwise("{.reg .b32 t; mov.u32 t, %tid.x; shr.u32 $0, t, 5;}", "=r,r", [x], tl.int32, is_pure=True, pack=1)
 
     @triton.jit
     def sync_warp(thread):

@@ -30,7 +30,7 @@ _MULTIPROCESSOR_KB = 226
 
 
 def ring_shape(
-    columns: int, num_warps: int, blocks: int, words: int, row_bytes: int, stageable: bool, fp8: bool
+    columns: int, num_warps: int, blocks: int, words: int, row_bytes: int, stageable: bool, fp8: bool, sharing: int = 1
 ) -> tuple[int, int, bool, int]:
     """Ring for `columns` rows of the second factor: steps of 32 coefficients per chunk, chunks, whether whole tiles are staged,
     and the shared memory of a block in KiB.
@@ -40,21 +40,22 @@ def ring_shape(
         words: of a tile, of which warps hold two of 16 rows, if they are `stageable` and there is room; else only stream planes, in rows of
             `row_bytes`.
         fp8: no scales of columns come through shared memory.
+        sharing: rings of a block, of which each has so many chunks.
 
     Raises:
         ValueError: there is no room for three chunks.
     """
     for staged in (True, False) if stageable else (False,):
         warp = 2 * 16 * (4 * words + 16) + (0 if fp8 else 8 * columns) if staged else buffer_bytes(row_bytes)
-        fixed = TABLE_BYTES.value + num_warps * warp + _BARRIER_BYTES.value
+        fixed = TABLE_BYTES.value + num_warps * warp + _BARRIER_BYTES.value * sharing
         # few barriers, but three chunks at least
         for steps in (4, 2, 1):
-            stages = (_MULTIPROCESSOR_KB // blocks * 1024 - fixed) // (32 * steps * columns)
+            stages = (_MULTIPROCESSOR_KB // blocks * 1024 - fixed) // (32 * steps * columns * sharing)
             if stages >= 3:
                 stages = min(stages, 4)
-                taken = fixed + stages * 32 * steps * columns
+                taken = fixed + stages * 32 * steps * columns * sharing
                 # sums go out through all of it but the table
-                taken = max(taken, TABLE_BYTES.value + output_bytes(columns, 16 * num_warps))
+                taken = max(taken, TABLE_BYTES.value + sharing * output_bytes(columns, 16 * num_warps // sharing))
                 return steps, stages, staged, -(-taken // 1024)
     raise ValueError(f"columns must be fewer for {blocks} blocks of {num_warps} warps and tiles of {words} words, got {columns}")
 

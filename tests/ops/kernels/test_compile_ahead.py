@@ -147,12 +147,12 @@ def test_linear_with_a_ring(lattice, bps, columns, rows, fp8, tmp_path):
     launch = fp8_launch(columns, rows, 8, 132, stream) if fp8 else linear_launch(columns, rows, 8, 132, stream, True)
     assert isinstance(launch, RingLaunch) and launch.columns == columns
     blocks = ring_warps(columns) // launch.num_warps
-    shape = ring_shape(columns, launch.num_warps, blocks, layout.words, stream, stages_tiles(layout), fp8)
+    shape = ring_shape(columns, launch.num_warps, blocks, layout.words, stream, stages_tiles(layout), fp8, launch.sharing)
     steps, stages, staged, kilobytes = shape
     parts = launch.splits if launch.cluster else 1
     constants |= {"COLUMNS": columns, "FP8": fp8, "LARGEST": layout.largest_value, "SPLIT": launch.splits > parts, "PARTS": parts}
     constants |= {"HAS_BIAS": True, "HAS_RESIDUAL": True, "VECTOR": True, "NUM_WARPS": launch.num_warps, "PDL": True}
-    constants |= {"SIBLINGS": 2, "STEPS": steps, "STAGES": stages, "STAGED": staged, "SHARED_KB": kilobytes}
+    constants |= {"SIBLINGS": 2, "SHARING": launch.sharing, "STEPS": steps, "STAGES": stages, "STAGED": staged, "SHARED_KB": kilobytes}
     options = {"maxnreg": launch.registers} if launch.registers else {}
     if parts > 1:
         options["num_ctas"] = parts
