@@ -192,6 +192,22 @@ def test_int8_of_large_batches(lattice, rows, columns, tile):
         assert (found - exact).abs().max() / exact.abs().max() < torch.finfo(torch.bfloat16).eps
 
 
+@pytest.mark.parametrize("rows", [(192, 64, 40), (100, 64), (64, 0, 7)])
+def test_int8_of_siblings(rows):
+    """Large batches of siblings: decoded one below the other, in blocks of 64 rows where they fill these."""
+    from hq_inductor.ops.linear import library_linear
+
+    weights = [HyperQuantTensor.from_hp(torch.randn(max(n, 1), 1024, device="cuda"), mma="int8")[:n] for n in rows]
+    layouts = [TileLayout("e8", w.tile, w.code, w.qdata.shape[-1]) for w in weights]
+    for batch in (257, 640):
+        x = torch.randn(batch, 1024, device="cuda").to(torch.float16)
+        biases = [torch.randn(n, device="cuda").to(torch.float16) for n in rows]
+        exact = torch.cat([int8_linear_in_double(x, w) + b.double() for w, b in zip(weights, biases, strict=True)], 1)
+        torch.full_like(exact, torch.nan, dtype=torch.float16)
+        found = library_linear(x, [w.qdata for w in weights], None, biases, layouts, 0, "int8").double()
+        assert found.isfinite().all() and (found - exact).abs().max() < torch.finfo(torch.float16).eps * exact.abs().max()
+
+
 @pytest.mark.parametrize(
     ("lattice", "rows", "columns", "tile"),
     [*((lattice, 1000, 4096, None) for lattice in LATTICES), ("e8", 33, 896, 896), ("a2", 300, 384, 128)],

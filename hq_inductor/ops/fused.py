@@ -13,6 +13,7 @@ from .kernels.decode import decode_kernel
 from .kernels.linear import linear_kernel, most_strips
 from .kernels.linear_ring import ring_linear_kernel
 from .kernels.matmul import int8_matmul_kernel
+from .kernels.ring_matmul import MATMUL_COLUMNS, MATMUL_KB, MATMUL_STAGES, MATMUL_WARPS, ring_matmul_kernel
 from .kernels.shared import row_bytes
 from .kernels.warpgroup import ring_shape
 from .launch import (
@@ -21,7 +22,7 @@ from .launch import (
     MatmulLaunch,
     RingLaunch,
     deal_blocks,
-    decode_blocks,
+    decode_launch_blocks,
     decode_warps,
     dependent_launch,
     fp8_launch,
@@ -83,6 +84,54 @@ def int8_matmul(
     if split:
         out = out.sum(0)
         return (out if bias is None else out + bias).to(dtype)
+    return out
+
+
+def blocked_matmul(
+    x: torch.Tensor,
+    act_scale: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    batch: int,
+    rows: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """`[batch, rows]` in `dtype` on sm_90, from `rotate_quantize` with a ring of `MATMUL_COLUMNS` and `decode_blocks`.
+
+    Args:
+        x: `[padded batch / MATMUL_COLUMNS, K / 16, MATMUL_COLUMNS, 16]` int8, with scales `act_scale`, `[tiles, padded batch]` fp32.
+        codes: `[padded rows / 64, K / 16, 64, 16]` int8, with scales `scale`, `[tiles, padded rows]` fp32.
+        bias: `[rows]` or None.
+    """
+    out = torch.empty((batch, rows), dtype=dtype, device=codes.device)
+    if out.numel() == 0:
+        return out
+    tiles, padded = act_scale.shape
+    ahead.launch(
+        ring_matmul_kernel,
+        (-(-rows // 128) * (padded // MATMUL_COLUMNS),),
+        codes,
+        scale,
+        x,
+        act_scale,
+        out if bias is None else bias.contiguous(),
+        out,
+        batch,
+        padded,
+        rows,
+        scale.shape[1],
+        tiles,
+        TILE=16 * codes.shape[1] // tiles,
+        COLUMNS=MATMUL_COLUMNS,
+        STAGES=MATMUL_STAGES,
+        VECTOR=rows % 4 == 0,
+        HAS_BIAS=bias is not None,
+        NUM_WARPS=MATMUL_WARPS,
+        SHARED_KB=MATMUL_KB,
+        num_warps=MATMUL_WARPS,
+        num_stages=1,
+    )
     return out
 
 
@@ -313,7 +362,7 @@ def decode(
     Returns:
         `[N, tiles * tile]`, and for codes the scales `[N, tiles]`, for `row_scale` the scales `[N]`, fp32.
     """
-    rows, tiles, words = qdata.shape
+    rows, tiles, _ = qdata.shape
     codes = dtype == torch.int8
     if out is None:
         out = torch.empty((rows, tiles * layout.tile), dtype=dtype, device=qdata.device)
@@ -322,22 +371,70 @@ def decode(
         scale = torch.empty((rows, tiles) if codes else rows, dtype=torch.float32, device=qdata.device)
     if out.numel() == 0:
         return out, scale
+    placeholder = qdata
+    _launch_decode(
+        qdata, layout, scale if row_scale else placeholder, out, scale if codes else placeholder, 0, blocks, codes, False, row_scale
+    )
+    return out, scale
+
+
+def decode_blocks(
+    qdata: Sequence[torch.Tensor], layouts: Sequence[TileLayout], blocks: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes of weights one below the other, as `blocked_matmul` takes them.
+
+    Args:
+        qdata: `[N, tiles, words]` int32 each; N is a multiple of 64 for all but the last.
+        layouts: of each; they agree in lattice and tile.
+        blocks: thread blocks that the tiles of a weight are dealt to; None chooses.
+
+    Returns:
+        `[padded N / 64, K / 16, 64, 16]` int8 and `[tiles, padded N]` fp32, N of all weights; nothing is written to rows that pad.
+    """
+    tiles, tile, device = qdata[0].shape[1], layouts[0].tile, qdata[0].device
+    rows = [weight.shape[0] for weight in qdata]
+    if any(n % 64 for n in rows[:-1]):
+        raise ValueError(f"qdata must have multiples of 64 rows but for the last one, got {rows}")
+    padded = -(-sum(rows) // 64) * 64
+    codes = torch.empty((padded // 64, tiles * tile // 16, 64, 16), dtype=torch.int8, device=device)
+    scale = torch.empty((tiles, padded), dtype=torch.float32, device=device)
+    first = 0
+    for weight, layout, n in zip(qdata, layouts, rows, strict=True):
+        if n:
+            _launch_decode(weight, layout, weight, codes[first // 64 :], scale[0, first:], padded, blocks, True, True, False)
+        first += n
+    return codes, scale
+
+
+def _launch_decode(
+    qdata: torch.Tensor,
+    layout: TileLayout,
+    row_scale_out: torch.Tensor,
+    out: torch.Tensor,
+    scale_out: torch.Tensor,
+    scale_rows: int,
+    blocks: int | None,
+    codes: bool,
+    blocked: bool,
+    row_scale: bool,
+) -> None:
+    rows, tiles, words = qdata.shape
     stream_bytes = row_bytes(layout.stream_words) if qdata.is_cuda else 0
     num_warps = decode_warps(stream_bytes)
     panels = -(-rows // (WARP_ROWS * num_warps))
     if blocks is None:
-        blocks = decode_blocks(panels, tiles, multiprocessors(qdata.device) if qdata.is_cuda else 1)
-    placeholder = qdata
+        blocks = decode_launch_blocks(panels, tiles, multiprocessors(qdata.device) if qdata.is_cuda else 1)
     ahead.launch(
         decode_kernel,
         (min(blocks, panels * tiles),),
         qdata,
         layout.table(qdata.device),
-        scale if row_scale else placeholder,
+        row_scale_out,
         out,
-        scale if codes else placeholder,
+        scale_out,
         rows,
         tiles,
+        scale_rows,
         LATTICE=layout.lattice,
         K=layout.rice_parameter,
         SHIFT=layout.shift,
@@ -349,6 +446,7 @@ def decode(
         ALIGNED=_aligned(layout),
         ROW_BYTES=stream_bytes,
         CODES=codes,
+        BLOCKED=blocked,
         ROW_SCALE=row_scale,
         LARGEST=layout.largest_value,
         NUM_WARPS=num_warps,
@@ -357,7 +455,6 @@ def decode(
         # two blocks on a multiprocessor
         maxnreg=min(255, 65536 // (2 * 32 * num_warps)),
     )
-    return out, scale
 
 
 def stages_tiles(layout: TileLayout) -> bool:

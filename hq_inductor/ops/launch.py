@@ -12,7 +12,8 @@ import torch
 FUSED_BATCH = 32
 # the same where activations come through a ring of shared memory: two blocks of columns are still the fastest
 RING_BATCH = 256
-# smallest batch for which "auto" multiplies in the activations' dtype: from there on the library's product is the faster one
+# smallest batch for which "auto" multiplies in the activations' dtype where there is no product of groups of four warps with codes in
+# blocks: from there on the library's product is the faster one
 LIBRARY_BATCH = 2048
 # batch columns per block, and the most registers per thread, for two blocks of 8 warps on a multiprocessor
 REGISTERS = {8: 128, 16: 128, 32: 128}
@@ -256,7 +257,7 @@ def deal_blocks(rows: Sequence[int], blocks: int, most: int) -> list[int]:
     return dealt
 
 
-def decode_blocks(panels: int, tiles: int, processors: int) -> int:
+def decode_launch_blocks(panels: int, tiles: int, processors: int) -> int:
     """Blocks that the decoder's panels of tiles are dealt to: two per multiprocessor, as for the linear kernel."""
     return max(1, min(panels * tiles, 2 * processors))
 

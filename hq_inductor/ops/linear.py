@@ -5,9 +5,9 @@ Definition.  `y = RHT(x * act_pre_scale) W_r^T + bias`, W_r the dequantized rota
              operands are rounded to.
 Choice.      On a CPU the operands of `"auto"` and `"bf16"` are not rounded (fp32, or fp64 for fp64 activations), and other formats are
              emulated. On CUDA, `"int8"` is the fused kernel for batches up to `FUSED_BATCH` (`RING_BATCH` on sm_90), which decodes into the
-             operands of the tensor cores; larger ones decode to int8 codes for a product of our own, which scales tile by tile. `"auto"`
-             is `"int8"` for half-precision batches below `LIBRARY_BATCH`, else `"bf16"`: the weight decoded to the activations' dtype for
-             a library product. `"fp8"` is the fused kernel on sm_90 for half-precision batches up to `RING_BATCH`, and else decodes to e4m3
+             operands of the tensor cores; larger ones decode to int8 codes for a product of our own, which scales tile by tile
+             (`hq_inductor.ops.kernels.ring_matmul` on sm_90). `"auto"` is `"int8"` for half-precision activations, elsewhere than on sm_90
+             below `LIBRARY_BATCH` only, else `"bf16"`: the weight decoded to the activations' dtype for a library product. `"fp8"` is the fused kernel on sm_90 for half-precision batches up to `RING_BATCH`, and else decodes to e4m3
              for a library product. nvfp4 and mxfp4 are emulated: rounded as the formats round, multiplied in the activations' dtype.
 Gradients.   For `x` and `bias`; the weight is frozen. Backward decodes again instead of saving a dequantized weight.
              `torch.library.register_autograd` runs a layer of Python on every call, gradients or not, for 6 of
@@ -187,8 +187,10 @@ def library_linear(
         return torch.cat([library_linear(x, [q], act_pre_scale, [b], [layout], seed, mma, prologue) for q, b, layout in parts], 1)
     # library products want all of one dtype; the other paths take any
     joined = _join_bias(bias, rows, x)
-    int8 = mma == "int8" or (mma == "auto" and x.dtype != torch.float32 and batch < LIBRARY_BATCH)
+    int8 = mma == "int8" or (mma == "auto" and x.dtype != torch.float32 and (batch < LIBRARY_BATCH or ring_products(x.device)))
     fp8 = mma == "fp8" and fp8_products(x.device) and sum(rows) % 16 == 0 and batch > 0 and x.dtype == torch.bfloat16
+    if int8 and _takes_blocked(x, rows, tiles * layouts[0].tile):
+        return _blocked_linear(x, qdata, act_pre_scale, joined, layouts, seed, prologue)
     dtype = torch.int8 if int8 else torch.float8_e4m3fn if fp8 else x.dtype
     rotated, act_scale = rotate(x, act_pre_scale, layouts[0], tiles, seed, dtype, prologue)
     weight = torch.empty((sum(rows), rotated.shape[1]), dtype=dtype, device=x.device)
@@ -203,6 +205,32 @@ def library_linear(
         return torch._scaled_mm(rotated, weight.t(), scale_a=act_scale[:, None], scale_b=scale[None], bias=joined, out_dtype=x.dtype)
     rotated, weight = round_operands(rotated, weight, mma, layouts[0].tile)
     return F.linear(rotated, weight, joined)
+
+
+def _takes_blocked(x: torch.Tensor, rows: list[int], columns: int) -> bool:
+    """Whether int8 products of decoded weights come from blocks (sm_90); the kernels' offsets have 31 bits."""
+    if not ring_products(x.device) or not len(x) or any(n % 64 for n in rows[:-1]):
+        return False
+    return (len(x) + 128) * columns < 2**31
+
+
+def _blocked_linear(
+    x: torch.Tensor,
+    qdata: list[torch.Tensor],
+    act_pre_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    layouts: list[TileLayout],
+    seed: int,
+    prologue: Prologue,
+) -> torch.Tensor:
+    from .fused import MATMUL_COLUMNS, blocked_matmul, decode_blocks
+    from .fused_rotation import rotate_quantize
+
+    padded = -(-len(x) // MATMUL_COLUMNS) * MATMUL_COLUMNS
+    tiles = qdata[0].shape[1]
+    rotated, act_scale, _ = rotate_quantize(x, act_pre_scale, layouts[0], tiles, seed, padded, 0, prologue, MATMUL_COLUMNS)
+    codes, scale = decode_blocks(qdata, layouts)
+    return blocked_matmul(rotated, act_scale, codes, scale, bias, len(x), sum(q.shape[0] for q in qdata), x.dtype)
 
 
 def _join_bias(bias: list[torch.Tensor | None], rows: list[int], x: torch.Tensor) -> torch.Tensor | None:

@@ -89,8 +89,8 @@ def arguments(batch, mma="auto"):
     [
         (1, "auto", ["rotate_quantize_kernel", "linear_kernel"]),
         (64, "auto", ["rotate_quantize_kernel", "ring_linear_kernel"]),
-        (512, "auto", ["rotate_kernel", "decode_kernel", "int8_matmul_kernel"]),
-        (4096, "int8", ["rotate_row_kernel", "decode_kernel", "int8_matmul_kernel"]),
+        (512, "auto", ["rotate_quantize_kernel", "decode_kernel", "ring_matmul_kernel"]),
+        (4096, "int8", ["rotate_row_kernel", "decode_kernel", "ring_matmul_kernel"]),
         (64, "fp8", ["rotate_row_kernel", "ring_linear_kernel"]),
         (300, "fp8", ["rotate_row_kernel", "decode_kernel"]),
         (64, "bf16", ["rotate_kernel", "decode_kernel"]),

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from .bits import INTERPRETED
 from .blocks import first_unit, load_chunks, row_divisors, stage_stream, tile_offset
+from .memory import store_global
 from .shared import ROW_GAP, TABLE_BYTES, declare_shared, load_table, wait_copies
 from .tile import decode_vector, first_cursor, first_window, header_word, load_raw, next_quads, read_header, restore_signs
 from .warp import codes_to_e4m3, pack_halves
@@ -140,10 +141,15 @@ else:
 
 
 @triton.jit
-def _store_vector(out_ptr, low, high, even, odd, mask, LATTICE: tl.constexpr, CODES: tl.constexpr):
+def _store_vector(out_ptr, low, high, even, odd, mask, LATTICE: tl.constexpr, CODES: tl.constexpr, BLOCKED: tl.constexpr):
     """Store the eight coefficients of a vector."""
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    if CODES:
+    if BLOCKED:
+        # each in a block of 16 coefficients, of which rows of a warp are neighbours
+        word_ptr = out_ptr.to(tl.pointer_type(tl.int32))
+        store_global(word_ptr, low, mask)
+        store_global(word_ptr + 256, high, mask)
+    elif CODES:
         _store_8(out_ptr, low, high, mask)
     else:
         first = _four_values(low, even, odd, LATTICE, dtype)
@@ -175,8 +181,10 @@ def _decode_group(
     STREAM: tl.constexpr,
     ROW_BYTES: tl.constexpr,
     CODES: tl.constexpr,
+    BLOCKED: tl.constexpr,
 ):
     """Decode a group of both rows and store it."""
+    STEP: tl.constexpr = 2048 if BLOCKED else 32
     window_u, window_v = windows
     stream_u, stream_v = streams
     out_u, out_v, even_u, odd_u, even_v, odd_v, mask_u, mask_v = outs
@@ -187,20 +195,21 @@ def _decode_group(
         f0, f1, window_v = next_quads(window_v, odd, stream_v, table_ptr, table_address, LENGTH_PLACE, STREAM, ROW_BYTES)
         a0, a1 = decode_vector(e0, e1, v, signs_u, raw_u, K, SHIFT, LATTICE)
         b0, b1 = decode_vector(f0, f1, v, signs_v, raw_v, K, SHIFT, LATTICE)
-        _store_vector(out_u + place + v * 32, a0, a1, even_u, odd_u, mask_u, LATTICE, CODES)
-        _store_vector(out_v + place + v * 32, b0, b1, even_v, odd_v, mask_v, LATTICE, CODES)
+        _store_vector(out_u + place + v * STEP, a0, a1, even_u, odd_u, mask_u, LATTICE, CODES, BLOCKED)
+        _store_vector(out_v + place + v * STEP, b0, b1, even_v, odd_v, mask_v, LATTICE, CODES, BLOCKED)
     return window_u, window_v
 
 
-@triton.jit(do_not_specialize=["N", "tiles"])
+@triton.jit(do_not_specialize=["N", "tiles", "scale_rows"])
 def decode_kernel(
     words_ptr,  # [N, tiles, WORDS] int32
     table_ptr,  # [4096] int32
     row_scale_ptr,  # [N] fp32, written if ROW_SCALE
-    out_ptr,  # [N, tiles * TILE]
-    scale_ptr,  # [N, tiles] fp32 if CODES
+    out_ptr,  # [N, tiles * TILE], or if BLOCKED [N / 64, tiles * TILE / 16, 64, 16] in the fused kernel's order of coefficients
+    scale_ptr,  # if CODES [N, tiles] fp32, or if BLOCKED [tiles, scale_rows]
     N,
     tiles,
+    scale_rows,
     LATTICE: tl.constexpr,
     K: tl.constexpr,
     SHIFT: tl.constexpr,
@@ -212,6 +221,7 @@ def decode_kernel(
     ALIGNED: tl.constexpr,
     ROW_BYTES: tl.constexpr,
     CODES: tl.constexpr,
+    BLOCKED: tl.constexpr,
     ROW_SCALE: tl.constexpr,
     LARGEST: tl.constexpr,
     NUM_WARPS: tl.constexpr,
@@ -290,7 +300,10 @@ def decode_kernel(
             stage_stream(words_ptr, next_strip, next_t, N, tiles, lane, ahead, RAW, WORDS, ROW_BYTES, ALIGNED)
         scale_u, wall_u = read_header(header_word(tile_u + RAW, bits_u, STREAM, ROW_BYTES), END, WALL_UNIT, 0)
         scale_v, wall_v = read_header(header_word(tile_v + RAW, bits_v, STREAM, ROW_BYTES), END, WALL_UNIT, 0)
-        if CODES:
+        if BLOCKED:
+            tl.store(scale_ptr + t.to(tl.int64) * scale_rows + row_u, scale_u, mask=mask_u & (j == 0))
+            tl.store(scale_ptr + t.to(tl.int64) * scale_rows + row_v, scale_v, mask=mask_v & (j == 0))
+        elif CODES:
             tl.store(scale_ptr + row_u.to(tl.int64) * tiles + t, scale_u, mask=mask_u & (j == 0))
             tl.store(scale_ptr + row_v.to(tl.int64) * tiles + t, scale_v, mask=mask_v & (j == 0))
         x_u = first_cursor(bits_u, wall_u, j, END)
@@ -300,6 +313,9 @@ def decode_kernel(
         windows = (window_u, window_v)
         out_u = out_ptr + row_u.to(tl.int64) * (tiles * TILE) + t * TILE + 8 * j
         out_v = out_ptr + row_v.to(tl.int64) * (tiles * TILE) + t * TILE + 8 * j
+        if BLOCKED:
+            out_u = out_ptr + (row_u // 64).to(tl.int64) * (64 * tiles * TILE) + t * (64 * TILE) + row_u % 64 * 16 + 4 * j
+            out_v = out_u + 8 * 16
         odd_u = scale_u / divisor_u
         odd_v = scale_v / divisor_v
         even_u = odd_u
@@ -333,7 +349,7 @@ def decode_kernel(
                     table_ptr,
                     table_address,
                     outs,
-                    g * 128,
+                    g * (8192 if BLOCKED else 128),
                     LATTICE,
                     K,
                     SHIFT,
@@ -341,6 +357,7 @@ def decode_kernel(
                     STREAM,
                     ROW_BYTES,
                     CODES,
+                    BLOCKED,
                 )
         else:
             for g in range(GROUPS):
@@ -358,7 +375,7 @@ def decode_kernel(
                     table_ptr,
                     table_address,
                     outs,
-                    g * 128,
+                    g * (8192 if BLOCKED else 128),
                     LATTICE,
                     K,
                     SHIFT,
@@ -366,6 +383,7 @@ def decode_kernel(
                     STREAM,
                     ROW_BYTES,
                     CODES,
+                    BLOCKED,
                 )
         t = next_t
         panel = next_panel

@@ -11,19 +11,16 @@ Work.        A warp owns 16 rows of the weight, or SHARING groups of four warps 
              once per ring, and four warps multiply together while they decode what comes next (`hq_inductor.ops.kernels.warpgroup`). Whole
              tiles and the scales of activations come through shared memory too where there is room: so much of it leaves the L1 none for
              loads on their way.
-Memory.      Triton itself allocates shared memory only for its own conversions, and 48 KiB are the most that inline PTX may declare. Gluon
-             allocates as much as there is; the rest is plain Triton.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .bits import INTERPRETED
+from .block_memory import BLOCK_MEMORY, open_block, whole_memory_jit
 from .blocks import (
     count_panels,
     load_chunks,
@@ -472,36 +469,7 @@ def _ring_block(
         )
 
 
-if INTERPRETED:
-    # the interpreter knows neither Gluon nor shared memory
-    _jit = triton.jit
-
-    @triton.jit
-    def _open_block(NUM_WARPS: tl.constexpr, PARTS: tl.constexpr, SHARED_KB: tl.constexpr):
-        return tl.arange(0, 32 * NUM_WARPS)
-
-else:
-    _jit = gluon.jit
-
-    @triton.constexpr_function
-    def _cluster_layouts(warps, parts):
-        """Of one element per thread of a cluster; of memory of each of its blocks."""
-        blocks = [[1 << i] for i in range(parts.bit_length() - 1)]
-        threads = gl.BlockedLayout([1], [32], [warps], [0], cga_layout=blocks)
-        return threads, gl.SwizzledSharedLayout(1, 1, 1, order=[0], cga_layout=blocks)
-
-    @gluon.jit
-    def _open_block(NUM_WARPS: tl.constexpr, PARTS: tl.constexpr, SHARED_KB: tl.constexpr):
-        """Numbers of the block's threads; its shared memory is allocated."""
-        LAYOUTS: gl.constexpr = _cluster_layouts(NUM_WARPS, PARTS)
-        memory = gl.allocate_shared_memory(gl.int32, [SHARED_KB, 256 * PARTS], LAYOUTS[1])
-        # a use of it, or the compiler would not declare its symbol
-        memory.index(0).store(gl.arange(0, 256 * PARTS, layout=LAYOUTS[0]))
-        tl.debug_barrier()
-        return gl.arange(0, 32 * NUM_WARPS * PARTS, layout=LAYOUTS[0]) % (32 * NUM_WARPS)
-
-
-@_jit(do_not_specialize=["M", "M_PAD", "N", "N1", "N2", "N3", "tiles"])
+@whole_memory_jit(do_not_specialize=["M", "M_PAD", "N", "N1", "N2", "N3", "tiles"])
 def ring_linear_kernel(
     words_ptr,
     table_ptr,
@@ -555,7 +523,7 @@ def ring_linear_kernel(
     SHARED_KB: tl.constexpr,
 ):
     """Of `_ring_block`. One binary for all sizes."""
-    thread = _open_block(NUM_WARPS, PARTS, SHARED_KB)
+    thread = open_block(NUM_WARPS, PARTS, SHARED_KB)
     _ring_block(
         thread,
         words_ptr,
@@ -607,5 +575,5 @@ def ring_linear_kernel(
         STEPS,
         STAGES,
         STAGED,
-        "global_smem",
+        BLOCK_MEMORY,
     )

@@ -119,6 +119,41 @@ if INTERPRETED:
     def products_wait(sums, COLUMNS: tl.constexpr, FP8: tl.constexpr):
         return sums
 
+    @triton.jit
+    def fill_pieces(thread, full, slot, first_a, second_a, b, A_BYTES: tl.constexpr, B_BYTES: tl.constexpr):
+        pass
+
+    @triton.jit
+    def refill_pieces(
+        thread, full, parity, slot, first_a, second_a, b, DISTANCE: tl.constexpr, A_BYTES: tl.constexpr, B_BYTES: tl.constexpr
+    ):
+        pass
+
+    @triton.jit
+    def multiply_chunk(
+        sums,
+        full,
+        parity,
+        slot,
+        warp,
+        first_a,
+        second_a,
+        b,
+        lane,
+        FIRST: tl.constexpr,
+        LAST: tl.constexpr,
+        COLUMNS: tl.constexpr,
+        NUM_WARPS: tl.constexpr,
+    ):
+        a_ptr = tl.where(warp < 4, first_a.to(tl.int64), second_a.to(tl.int64)).to(tl.pointer_type(tl.int32))
+        # words: a block of 16 coefficients has 256, a row four
+        a_ptr = a_ptr + (warp % 4) * 64 + (lane // 4) * 4 + lane % 4
+        for step in tl.static_range(4):
+            a0, a1 = tl.load(a_ptr + 512 * step), tl.load(a_ptr + 512 * step + 32)
+            a2, a3 = tl.load(a_ptr + 512 * step + 256), tl.load(a_ptr + 512 * step + 288)
+            sums = products_issue(sums, a0, a1, a2, a3, slot, b + 32 * COLUMNS * step, lane, COLUMNS, False, NUM_WARPS)
+        return sums
+
 else:
 
     @triton.constexpr_function
@@ -210,6 +245,107 @@ else:
             "=r,r,r,r,r,l",
             [thread, full, parity, slot, source.to(tl.int64)],
             tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+    @triton.constexpr_function
+    def _copies_asm(a_bytes, b_bytes, wait):
+        """Thread 0 starts to copy three pieces, `wait`: when all warps have counted themselves, so many bytes after the first barrier."""
+        copy = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+        waiting = f"WAIT: mbarrier.try_wait.parity.shared::cta.b64 done, [$2+{wait}], $7; @!done bra WAIT;" if wait else ""
+        return f"""{{
+            .reg .pred p, done; .reg .b32 to;
+            setp.eq.s32 p, $1, 0;
+            @!p bra COPIED;
+            {waiting}
+            mbarrier.arrive.expect_tx.shared::cta.b64 _, [$2], {2 * a_bytes + b_bytes};
+            {copy} [$3], [$4], {a_bytes}, [$2];
+            add.u32 to, $3, {a_bytes};
+            {copy} [to], [$5], {a_bytes}, [$2];
+            add.u32 to, $3, {2 * a_bytes};
+            {copy} [to], [$6], {b_bytes}, [$2];
+            COPIED:
+            bar.warp.sync 0xffffffff;
+            mov.u32 $0, $1;
+            }}"""
+
+    @triton.jit
+    def fill_pieces(thread, full, slot, first_a, second_a, b, A_BYTES: tl.constexpr, B_BYTES: tl.constexpr):
+        """Thread 0 starts to copy two pieces of A_BYTES and one of B_BYTES to `slot`, one after the other."""
+        tl.inline_asm_elementwise(
+            _copies_asm(A_BYTES, B_BYTES, 0),
+            "=r,r,r,r,l,l,l",
+            [thread, full, slot, first_a.to(tl.int64), second_a.to(tl.int64), b.to(tl.int64)],
+            tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+    @triton.jit
+    def refill_pieces(
+        thread, full, parity, slot, first_a, second_a, b, DISTANCE: tl.constexpr, A_BYTES: tl.constexpr, B_BYTES: tl.constexpr
+    ):
+        """As `fill_pieces`, when all warps are done with what the slot held."""
+        tl.inline_asm_elementwise(
+            _copies_asm(A_BYTES, B_BYTES, DISTANCE),
+            "=r,r,r,r,l,l,l,r",
+            [thread, full, slot, first_a.to(tl.int64), second_a.to(tl.int64), b.to(tl.int64), parity],
+            tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+    @triton.constexpr_function
+    def _chunk_asm(columns, first, last):
+        n = columns // 2
+        sums = ", ".join(f"${i}" for i in range(n))
+        full, parity, a, b = (f"${n + i}" for i in range(4))
+        steps = "".join(
+            f"add.u32 t, {a}, {128 * step}; mov.b64 a, {{t, 8}}; add.u32 t, {b}, {2 * columns * step}; mov.b64 b, {{t, 8}};"
+            f"wgmma.mma_async.sync.aligned.m64n{columns}k32.s32.s8.s8 {{{sums}}}, a, b, {int(step > 0 or not first)};"
+            for step in range(4)
+        )
+        return (
+            "{.reg .pred done; .reg .b32 t; .reg .b64 a, b;"
+            f"WAIT: mbarrier.try_wait.parity.shared::cta.b64 done, [{full}], {parity}; @!done bra WAIT;"
+            f"wgmma.fence.sync.aligned; {steps} wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned {int(not last)};}}"
+        )
+
+    @triton.constexpr_function
+    def _chunk_constraints(columns, first):
+        n = columns // 2
+        # what the first step leaves is not read before
+        return ",".join(["=&r" if first else "=r"] * n + ["r"] * 4 + ([] if first else [str(i) for i in range(n)]))
+
+    @triton.jit
+    def multiply_chunk(
+        sums,
+        full,
+        parity,
+        slot,
+        warp,
+        first_a,
+        second_a,
+        b,
+        lane,
+        FIRST: tl.constexpr,
+        LAST: tl.constexpr,
+        COLUMNS: tl.constexpr,
+        NUM_WARPS: tl.constexpr,
+    ):
+        """`sums + a b` of a chunk of 128 coefficients once it is at `slot`: 64 rows of a for each group of four warps, then COLUMNS of b,
+        as blocks of 16 coefficients.
+
+        FIRST: `sums` are zeros. The chunk before is done then; if LAST so is this one, else nothing of the sums may be touched.
+        """
+        a_low = (((slot + (warp // 4) * 8192) & 0x3FFFF) >> 4) + (64 << 16)
+        b_low = (((slot + 16384) & 0x3FFFF) >> 4) + (COLUMNS << 16)
+        return tl.inline_asm_elementwise(
+            _chunk_asm(COLUMNS, FIRST, LAST),
+            _chunk_constraints(COLUMNS, FIRST),
+            (full + lane * 0, parity + lane * 0, a_low, b_low + lane * 0) + (() if FIRST else sums),
+            _words(COLUMNS, False),
             is_pure=False,
             pack=1,
         )

@@ -16,7 +16,7 @@ from hq_inductor.format.lattice import embed
 from hq_inductor.format.layout import TileLayout
 from hq_inductor.format.mma import E4M3_MAX, fp8_scale
 from hq_inductor.ops import fused_rotation
-from hq_inductor.ops.fused import decode, fused_linear, int8_matmul
+from hq_inductor.ops.fused import blocked_matmul, decode, decode_blocks, fused_linear, int8_matmul
 from hq_inductor.ops.fused_rotation import rotate, rotate_quantize
 from hq_inductor.ops.launch import LinearLaunch, MatmulLaunch, RingLaunch
 
@@ -97,6 +97,10 @@ def check_case(lattice: str, bps: float, rows: int, columns: int, tile: int | No
     assert out.shape == (batch, rows)
     error = (out.double() - exact).abs().max() / exact.abs().max()
     assert error <= torch.finfo(torch.float16).eps, error
+
+    blocked_q, blocked_scale, _ = rotate_quantize(x, pre_scale, layout, tiles, 3, 128, 0, ring=128)
+    out = blocked_matmul(blocked_q, blocked_scale, *decode_blocks([words], [layout]), bias, batch, rows, torch.float16)
+    assert (out.double() - exact).abs().max() / exact.abs().max() <= torch.finfo(torch.float16).eps
 
     for splits in {1, min(2, tiles)}:
         out = int8_matmul(plain_q, plain_scale, codes, scales, bias, torch.float16, MatmulLaunch(16, 16, 128, 1, 1, splits))

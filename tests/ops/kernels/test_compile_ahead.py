@@ -20,6 +20,8 @@ from hq_inductor.ops.kernels.decode import decode_kernel  # noqa: E402
 from hq_inductor.ops.kernels.linear import linear_kernel  # noqa: E402
 from hq_inductor.ops.kernels.linear_ring import ring_linear_kernel  # noqa: E402
 from hq_inductor.ops.kernels.matmul import int8_matmul_kernel  # noqa: E402
+from hq_inductor.ops.kernels.ring_matmul import MATMUL_COLUMNS, MATMUL_KB, MATMUL_STAGES, MATMUL_WARPS, ring_matmul_kernel  # noqa: E402
+from hq_inductor.ops.kernels.ring_output import output_bytes  # noqa: E402
 from hq_inductor.ops.kernels.rotate_row import rotate_row_kernel  # noqa: E402
 from hq_inductor.ops.kernels.shared import row_bytes  # noqa: E402
 from hq_inductor.ops.kernels.warpgroup import ring_shape  # noqa: E402
@@ -168,18 +170,39 @@ def test_linear_with_a_ring(lattice, bps, columns, rows, fp8, tmp_path):
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("out", ["i8", "fp8e4nv", "bf16", "fp32"])
+@pytest.mark.parametrize("out", ["blocks", "i8", "fp8e4nv", "bf16", "fp32"])
 def test_decode(capability, out, tmp_path):
+    blocked, out = out == "blocks", "i8" if out == "blocks" else out
     if capability < 89 and out == "fp8e4nv":
         pytest.skip("no fp8 tensor cores")
     constants, num_warps = layout_constants("e8", 4.0, plain=True)
-    constants |= {"CODES": out == "i8", "ROW_SCALE": out == "fp8e4nv", "LARGEST": 64.0, "NUM_WARPS": num_warps}
+    constants |= {"CODES": out == "i8", "BLOCKED": blocked, "ROW_SCALE": out == "fp8e4nv", "LARGEST": 64.0, "NUM_WARPS": num_warps}
     signature = {"words_ptr": "*i32", "table_ptr": "*i32", "row_scale_ptr": "*fp32", "out_ptr": f"*{out}", "scale_ptr": "*fp32"}
-    signature |= {"N": "i32", "tiles": "i32"}
+    signature |= {"N": "i32", "tiles": "i32", "scale_rows": "i32"}
     sass, used, _ = compile_ahead(decode_kernel, signature, constants, capability, num_warps, tmp_path, maxnreg=128)
     assert used <= 128
     assert sass.count("LDL") + sass.count("STL") <= sass.count(";") // 100, "spilled registers"
-    assert ("STG.E.64" if out in ("i8", "fp8e4nv") else "STG.E.128") in sass
+    assert ("STG.E " if blocked else "STG.E.64" if out in ("i8", "fp8e4nv") else "STG.E.128") in sass
+
+
+@pytest.mark.parametrize(("tile", "bias"), [(512, "bf16"), (384, "fp32")])
+def test_ring_matmul(tile, bias, tmp_path):
+    constants = {"TILE": tile, "COLUMNS": MATMUL_COLUMNS, "STAGES": MATMUL_STAGES, "VECTOR": True, "HAS_BIAS": True}
+    constants |= {"NUM_WARPS": MATMUL_WARPS, "SHARED_KB": MATMUL_KB}
+    signature = {
+        "codes_ptr": "*i8",
+        "scale_ptr": "*fp32",
+        "x_ptr": "*i8",
+        "act_scale_ptr": "*fp32",
+        "bias_ptr": f"*{bias}",
+        "out_ptr": "*bf16",
+    }
+    signature |= dict.fromkeys(("M", "M_PAD", "N", "N_PAD", "tiles"), "i32")
+    sass, used, _ = compile_ahead(ring_matmul_kernel, signature, constants, 90, MATMUL_WARPS, tmp_path, GluonASTSource)
+    assert sass.count(f"IGMMA.64x{MATMUL_COLUMNS}x32") >= tile // 32 and "UBLKCP" in sass
+    assert sass.count("LDL") + sass.count("STL") == 0 and used * 32 * MATMUL_WARPS <= 65536
+    # sums go out through the ring
+    assert output_bytes(MATMUL_COLUMNS, 128) <= 1024 * MATMUL_KB <= 1024 * 227
 
 
 ACTIVATIONS = {"x_ptr": "*bf16", "gate_ptr": "*bf16", "norm_weight_ptr": "*bf16", "norm_bias_ptr": "*bf16"}
