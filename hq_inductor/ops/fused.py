@@ -398,11 +398,11 @@ def decode_blocks(
     padded = -(-sum(rows) // 64) * 64
     codes = torch.empty((padded // 64, tiles * tile // 16, 64, 16), dtype=torch.int8, device=device)
     scale = torch.empty((tiles, padded), dtype=torch.float32, device=device)
-    first = 0
-    for weight, layout, n in zip(qdata, layouts, rows, strict=True):
-        if n:
-            _launch_decode(weight, layout, weight, codes[first // 64 :], scale[0, first:], padded, blocks, True, True, False)
-        first += n
+    sizes = rows[:-1] + [padded - sum(rows[:-1])]
+    parts = zip(qdata, layouts, codes.split([n // 64 for n in sizes]), scale.split(sizes, 1), strict=True)
+    for weight, layout, codes_of, scale_of in parts:
+        if weight.shape[0]:
+            _launch_decode(weight, layout, weight, codes_of, scale_of, padded, blocks, True, True, False)
     return codes, scale
 
 

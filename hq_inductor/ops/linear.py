@@ -7,8 +7,9 @@ Choice.      On a CPU the operands of `"auto"` and `"bf16"` are not rounded (fp3
              emulated. On CUDA, `"int8"` is the fused kernel for batches up to `FUSED_BATCH` (`RING_BATCH` on sm_90), which decodes into the
              operands of the tensor cores; larger ones decode to int8 codes for a product of our own, which scales tile by tile
              (`hq_inductor.ops.kernels.ring_matmul` on sm_90). `"auto"` is `"int8"` for half-precision activations, elsewhere than on sm_90
-             below `LIBRARY_BATCH` only, else `"bf16"`: the weight decoded to the activations' dtype for a library product. `"fp8"` is the fused kernel on sm_90 for half-precision batches up to `RING_BATCH`, and else decodes to e4m3
-             for a library product. nvfp4 and mxfp4 are emulated: rounded as the formats round, multiplied in the activations' dtype.
+             below `LIBRARY_BATCH` only, else `"bf16"`: the weight decoded to the activations' dtype for a library product. `"fp8"` is the
+             fused kernel on sm_90 for half-precision batches up to `RING_BATCH`, and else decodes to e4m3 for a library product. nvfp4 and
+             mxfp4 are emulated: rounded as the formats round, multiplied in the activations' dtype.
 Gradients.   For `x` and `bias`; the weight is frozen. Backward decodes again instead of saving a dequantized weight.
              `torch.library.register_autograd` runs a layer of Python on every call, gradients or not, for 6 of
              the 16 us that a call costs (2-core CPU, torch 2.13). The overload `no_grad` is the same op without it.
