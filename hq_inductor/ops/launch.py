@@ -29,6 +29,8 @@ CLUSTER_SHARE = {1: 1.0, 2: 1.0, 4: 0.94, 8: 0.91}
 RING_TILE = {64: 6.0, 96: 3.9, 128: 3.9}
 FP8_TILE = {16: 5.0, 32: 5.2, 64: 6.0, 128: 4.5, 256: 5.3}
 IDLE_SHARE, SHARED_TILE = 0.2, {64: 1.08, 128: 1.02, 256: 1.08}
+# the same of the linear kernel with 32 columns, and blocks of them that it may take in place of a ring
+LINEAR_TILE, LINEAR_START, LINEAR_BLOCKS = 5.1, 3.0, 2
 RING_START, MEMORY_MEETING, CLUSTER_MEETING = 5.0, {128: 6.0, 256: 13.0}, 0.2
 # registers for three blocks
 TIGHT_REGISTERS = 80
@@ -187,13 +189,21 @@ def fused_batch(device: torch.device) -> int:
 def linear_launch(batch: int, rows: int, tiles: int, processors: int, row_bytes: int, ring: bool) -> LinearLaunch | RingLaunch:
     """Launch for `[batch, K] x [rows, K]^T`, `tiles` tiles per row, `row_bytes` of `hq_inductor.ops.kernels.shared`; `ring`: may be one.
 
-    As many blocks as multiprocessors hold, or several times as many where these would have more strips than they can. The ring pays from 33
-    columns up.
+    As many blocks as multiprocessors hold, or several times as many where these would have more strips than they can. From 33 columns up
+    the ring pays, but for small weights up to 64.
     """
     from .kernels.linear import most_strips  # Triton is there on Linux only
 
     if ring and batch > max(REGISTERS):
-        return _ring_launch(batch, rows, tiles, processors, row_bytes, False)
+        launch, time = _ring_launch(batch, rows, tiles, processors, row_bytes, False)
+        column_blocks = -(-batch // max(REGISTERS))
+        if column_blocks > LINEAR_BLOCKS:
+            return launch
+        linear = linear_launch(batch, rows, tiles, processors, row_bytes, False)
+        live = linear.blocks * column_blocks <= 2 * processors
+        strips = -(-rows // (WARP_ROWS * linear.blocks))  # of a block
+        turns = -(-strips * tiles // linear.num_warps)
+        return linear if live and LINEAR_START + turns * LINEAR_TILE < time else launch
     columns = next((c for c in REGISTERS if batch <= c), max(REGISTERS))
     num_warps = decode_warps(row_bytes)
     slots = max(1, 2 * processors * (8 // num_warps) // -(-batch // columns))
@@ -205,8 +215,8 @@ def linear_launch(batch: int, rows: int, tiles: int, processors: int, row_bytes:
     return LinearLaunch(columns, min(strips, slots * waves), num_warps, REGISTERS[columns])
 
 
-def _ring_launch(batch: int, rows: int, tiles: int, processors: int, row_bytes: int, fp8: bool) -> RingLaunch:
-    """The launch that takes the least time by what its tiles, starts and meetings take."""
+def _ring_launch(batch: int, rows: int, tiles: int, processors: int, row_bytes: int, fp8: bool) -> tuple[RingLaunch, float]:
+    """The launch that takes the least time by what its tiles, starts and meetings take, and that."""
     registers, tile_times = (FP8_REGISTERS, FP8_TILE) if fp8 else (RING_REGISTERS, RING_TILE)
     columns = next((c for c in registers if batch <= c), max(registers))
     most_warps = decode_warps(row_bytes)
@@ -234,7 +244,8 @@ def _ring_launch(batch: int, rows: int, tiles: int, processors: int, row_bytes: 
     options += [launch(parts, in_clusters, True) for parts in (2, 4, 8) if parts <= tiles]
     if most_warps == 8:
         options += [launch(parts, 8, parts > 1, 2) for parts in (1, 2) if 2 * parts <= tiles]
-    return min(options, key=time)
+    found = min(options, key=time)
+    return found, time(found)
 
 
 def _up_to(values: dict[int, float], columns: int) -> float:
@@ -244,7 +255,7 @@ def _up_to(values: dict[int, float], columns: int) -> float:
 @functools.lru_cache(maxsize=4096)
 def fp8_launch(batch: int, rows: int, tiles: int, processors: int, row_bytes: int) -> RingLaunch:
     """As `linear_launch`, for products of e4m3, which only the kernel with a ring has."""
-    return _ring_launch(batch, rows, tiles, processors, row_bytes, True)
+    return _ring_launch(batch, rows, tiles, processors, row_bytes, True)[0]
 
 
 def deal_blocks(rows: Sequence[int], blocks: int, most: int) -> list[int]:

@@ -132,10 +132,11 @@ def test_linear(capability, lattice, bps, columns, registers, siblings, tmp_path
 @pytest.mark.parametrize(
     ("lattice", "bps", "columns", "rows", "fp8"),
     [
-        ("e8", 4.0, 64, 4096, False),
+        ("e8", 4.0, 64, 28672, False),
+        ("e8", 4.0, 64, 8192, False),
         ("e8", 4.0, 64, 6144, False),
         ("e8", 4.0, 128, 4096, False),
-        ("e8", 5.0, 64, 4096, False),
+        ("e8", 5.0, 64, 28672, False),
         ("d4", 3.0, 96, 4096, False),
         ("e8", 4.0, 256, 4096, True),
         ("e8", 3.5, 256, 28672, True),
