@@ -51,7 +51,8 @@ class LinearLaunch:
 
     Args:
         columns: batch columns per block, a multiple of 8 up to 32; larger batches take several blocks, each of which decodes anew.
-        blocks: thread blocks for each block of columns, which the weight's strips of 16 rows are dealt to.
+        blocks: thread blocks for each block of columns, which the weight's strips of 16 rows are dealt to;
+            more of them where these would have more strips than they can.
         num_warps: warps per block, which share its strips: 1, 2, 4 or 8.
         registers: most registers per thread, or 0 for what the compiler likes.
     """
