@@ -98,9 +98,11 @@ def check_case(lattice: str, bps: float, rows: int, columns: int, tile: int | No
     error = (out.double() - exact).abs().max() / exact.abs().max()
     assert error <= torch.finfo(torch.float16).eps, error
 
-    blocked_q, blocked_scale, _ = rotate_quantize(x, pre_scale, layout, tiles, 3, 128, 0, ring=128)
-    out = blocked_matmul(blocked_q, blocked_scale, *decode_blocks([words], [layout]), bias, batch, rows, torch.float16)
-    assert (out.double() - exact).abs().max() / exact.abs().max() <= torch.finfo(torch.float16).eps
+    # 128 columns at least, which takes its time
+    if (lattice, bps) in (("e8", 4.0), ("d4", 4.0), ("a2", 3.0)) and not ring:
+        blocked_q, blocked_scale, _ = rotate_quantize(x, pre_scale, layout, tiles, 3, 128, 0, ring=128)
+        out = blocked_matmul(blocked_q, blocked_scale, *decode_blocks([words], [layout]), bias, batch, rows, torch.float16)
+        assert (out.double() - exact).abs().max() / exact.abs().max() <= torch.finfo(torch.float16).eps
 
     for splits in {1, min(2, tiles)}:
         out = int8_matmul(plain_q, plain_scale, codes, scales, bias, torch.float16, MatmulLaunch(16, 16, 128, 1, 1, splits))
