@@ -378,15 +378,12 @@ def decode(
     return out, scale
 
 
-def decode_blocks(
-    qdata: Sequence[torch.Tensor], layouts: Sequence[TileLayout], blocks: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def decode_blocks(qdata: Sequence[torch.Tensor], layouts: Sequence[TileLayout]) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes of weights one below the other, as `blocked_matmul` takes them.
 
     Args:
         qdata: `[N, tiles, words]` int32 each; N is a multiple of 64 for all but the last.
         layouts: of each; they agree in lattice and tile.
-        blocks: thread blocks that the tiles of a weight are dealt to; None chooses.
 
     Returns:
         `[padded N / 64, K / 16, 64, 16]` int8 and `[tiles, padded N]` fp32, N of all weights; nothing is written to rows that pad.
@@ -402,7 +399,7 @@ def decode_blocks(
     parts = zip(qdata, layouts, codes.split([n // 64 for n in sizes]), scale.split(sizes, 1), strict=True)
     for weight, layout, codes_of, scale_of in parts:
         if weight.shape[0]:
-            _launch_decode(weight, layout, weight, codes_of, scale_of, padded, blocks, True, True, False)
+            _launch_decode(weight, layout, weight, codes_of, scale_of, padded, None, True, True, False)
     return codes, scale
 
 

@@ -175,7 +175,7 @@ def check_launch(shape: Shape, launch: LinearLaunch | RingLaunch, ring: bool) ->
             raise ValueError("the device has no kernel with a ring")
         parts = launch.splits * launch.sharing
         if parts > shape.tiles:
-            raise ValueError(f"splits must be at most the {shape.tiles} tiles, got {parts}")
+            raise ValueError(f"splits times sharing must be at most the {shape.tiles} tiles, got {parts}")
         # tiles are staged only where there is room; without them is what must fit
         blocks = max(1, ring_warps(launch.columns) // launch.num_warps)
         ring_shape(launch.columns, launch.num_warps, blocks, 0, shape.row_bytes, False, launch.fp8, launch.sharing)

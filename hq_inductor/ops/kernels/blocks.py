@@ -230,7 +230,6 @@ def _sum_parts(
     partial_ptr,
     mask,
     first_part,
-    other_parts,
     parts,
     stride,
     BEGIN: tl.constexpr,
@@ -247,7 +246,7 @@ def _sum_parts(
         loaded = ()
         for s in tl.static_range(ROUND):
             i = first + s
-            place_of = tl.where(i == 0, first_part, other_parts + stride * i)
+            place_of = first_part + stride * i
             for b in tl.static_range(BEGIN, END):
                 place = (place_of * NUM_WARPS + warp).to(tl.int64) * (128 * BLOCKS) + (128 * b + 4 * lane)
                 loaded = loaded + load_16_float(partial_ptr + place, mask & (i < parts))
@@ -268,7 +267,6 @@ def meet_in_memory(
     counter_ptr,
     part,
     first_part,
-    other_parts,
     parts,
     counter,
     stride,
@@ -277,8 +275,8 @@ def meet_in_memory(
 ):
     """Sums of all parts of a strip, and whether this warp has them, which is the last one that gets here.
 
-    Parts lie in `partial_ptr` as threads hold them, fp32 `[places, warps, BLOCKS, 32, 4]`: this one at place `part`, the first at
-    `first_part`, the i-th at `other_parts + i * stride`. `counter` is the strip's.
+    Parts lie in `partial_ptr` as threads hold them, fp32 `[places, warps, BLOCKS, 32, 4]`: this one at place `part`, the i-th at
+    `first_part + i * stride`. `counter` is the strip's.
     """
     for b in tl.static_range(BLOCKS):
         place = (part * NUM_WARPS + warp).to(tl.int64) * (128 * BLOCKS) + (128 * b + 4 * lane)
@@ -292,7 +290,6 @@ def meet_in_memory(
             partial_ptr,
             last,
             first_part,
-            other_parts,
             parts,
             stride,
             begin,
@@ -301,6 +298,22 @@ def meet_in_memory(
             NUM_WARPS,
         )
     return met, last
+
+
+@triton.jit
+def add_tile(totals, sums, scale_u, scale_v, column_scales, BLOCKS: tl.constexpr):
+    """`totals` and a tile's int32 sums, scaled: both as MMAs leave them, scales of rows r and r + 8, two of each block of columns."""
+    updated = ()
+    for b in tl.static_range(BLOCKS):
+        s0 = column_scales[2 * b]
+        s1 = column_scales[2 * b + 1]
+        updated = updated + (
+            totals[4 * b] + sums[4 * b].to(tl.float32) * (s0 * scale_u),
+            totals[4 * b + 1] + sums[4 * b + 1].to(tl.float32) * (s1 * scale_u),
+            totals[4 * b + 2] + sums[4 * b + 2].to(tl.float32) * (s0 * scale_v),
+            totals[4 * b + 3] + sums[4 * b + 3].to(tl.float32) * (s1 * scale_v),
+        )
+    return updated
 
 
 @triton.jit

@@ -19,7 +19,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .bits import INTERPRETED
-from .blocks import first_unit, load_chunks, stage_stream, store_strip, tile_offset, weight_of_block, zeros_of
+from .blocks import add_tile, first_unit, load_chunks, stage_stream, store_strip, tile_offset, weight_of_block, zeros_of
 from .memory import load_16, load_global, store_global
 from .shared import (
     ROW_GAP,
@@ -430,17 +430,7 @@ def linear_kernel(
         if BLOCKS > 2:
             for b in tl.static_range(BLOCKS):
                 column_scales = column_scales + (load_global(column_ptr + 8 * b), load_global(column_ptr + 8 * b + 1))
-        updated = ()
-        for b in tl.static_range(BLOCKS):
-            s0 = column_scales[2 * b]
-            s1 = column_scales[2 * b + 1]
-            updated = updated + (
-                totals[4 * b] + sums[4 * b].to(tl.float32) * (s0 * scale_u),
-                totals[4 * b + 1] + sums[4 * b + 1].to(tl.float32) * (s1 * scale_u),
-                totals[4 * b + 2] + sums[4 * b + 2].to(tl.float32) * (s0 * scale_v),
-                totals[4 * b + 3] + sums[4 * b + 3].to(tl.float32) * (s1 * scale_v),
-            )
-        totals = updated
+        totals = add_tile(totals, sums, scale_u, scale_v, column_scales, BLOCKS)
         if _INTERPRETED:
             kept = ()
             began = ()

@@ -22,6 +22,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .bits import INTERPRETED
 from .block_memory import BLOCK_MEMORY, open_block, whole_memory_jit
 from .blocks import (
+    add_tile,
     count_panels,
     load_chunks,
     load_staged_chunks,
@@ -365,20 +366,13 @@ def _ring_block(
             totals = sums
         else:
             column_ptr = act_scale_ptr + t * M_PAD + m0 + 2 * j
-            updated_totals = ()
+            column_scales = ()
             for b in tl.static_range(BLOCKS):
                 if STAGED:
-                    s0, s1 = load_shared_floats(scales + (turn * (4 * COLUMNS) + 32 * b + 8 * j))
+                    column_scales = column_scales + load_shared_floats(scales + (turn * (4 * COLUMNS) + 32 * b + 8 * j))
                 else:
-                    s0 = load_global(column_ptr + 8 * b)
-                    s1 = load_global(column_ptr + 8 * b + 1)
-                updated_totals = updated_totals + (
-                    totals[4 * b] + sums[4 * b].to(tl.float32) * (s0 * scale_u),
-                    totals[4 * b + 1] + sums[4 * b + 1].to(tl.float32) * (s1 * scale_u),
-                    totals[4 * b + 2] + sums[4 * b + 2].to(tl.float32) * (s0 * scale_v),
-                    totals[4 * b + 3] + sums[4 * b + 3].to(tl.float32) * (s1 * scale_v),
-                )
-            totals = updated_totals
+                    column_scales = column_scales + (load_global(column_ptr + 8 * b), load_global(column_ptr + 8 * b + 1))
+            totals = add_tile(totals, sums, scale_u, scale_v, column_scales, BLOCKS)
         tile_u = next_u
         tile_v = next_v
 
@@ -412,7 +406,6 @@ def _ring_block(
                 partial_ptr,
                 counter_ptr,
                 part * apart + among,
-                among,
                 among,
                 parts,
                 among * NUM_WARPS + warp,

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from .bits import INTERPRETED
 from .block_memory import BLOCK_MEMORY, open_block, whole_memory_jit
-from .blocks import store_strip, zeros_of
+from .blocks import add_tile, store_strip, zeros_of
 from .memory import load_global
 from .ring_output import meet_and_store
 from .shared import shared_base
@@ -165,17 +165,7 @@ def ring_matmul_kernel(
             ends = slot == STAGES - 1
             parity = tl.where(ends, parity ^ 1, parity)
             slot = tl.where(ends, 0, slot + 1)
-        updated = ()
-        for b in tl.static_range(BLOCKS):
-            s0 = scales[2 * b]
-            s1 = scales[2 * b + 1]
-            updated = updated + (
-                totals[4 * b] + sums[4 * b].to(tl.float32) * (s0 * scale_u),
-                totals[4 * b + 1] + sums[4 * b + 1].to(tl.float32) * (s1 * scale_u),
-                totals[4 * b + 2] + sums[4 * b + 2].to(tl.float32) * (s0 * scale_v),
-                totals[4 * b + 3] + sums[4 * b + 3].to(tl.float32) * (s1 * scale_v),
-            )
-        totals = updated
+        totals = add_tile(totals, sums, scale_u, scale_v, scales, BLOCKS)
 
     if _INTERPRETED:
         store_strip(totals, strip, strip >= 0, 0, m0, M, N, N, lane, bias_ptr, out_ptr, 0, out_ptr, BLOCKS, HAS_BIAS, False)
