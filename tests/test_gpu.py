@@ -376,7 +376,7 @@ def test_bias_of_another_dtype(mma):
         )
 
 
-@pytest.mark.parametrize(("batch", "mma"), [(3, "int8"), (64, "int8"), (128, "int8"), (3, "fp8"), (200, "fp8")])
+@pytest.mark.parametrize(("batch", "mma"), [(3, "int8"), (64, "int8"), (128, "int8"), (300, "int8"), (3, "fp8"), (200, "fp8")])
 def test_corrupt_words_are_finite_and_repeatable(batch, mma):
     weight = HyperQuantTensor.from_hp(torch.randn(100, 2048), mma=mma).to("cuda")
     noise = torch.randint(-(2**31), 2**31, weight.qdata.shape, device="cuda").to(torch.int32)
