@@ -25,3 +25,8 @@ def on_device(key: tuple, make, device: torch.device) -> torch.Tensor:
         worker.start()
         worker.join()
     return _ON_DEVICE[key]
+
+
+def is_kept(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is one of these."""
+    return any(kept is tensor for kept in _ON_DEVICE.values())

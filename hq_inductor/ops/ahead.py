@@ -24,6 +24,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map
 
+from .replay import recorder
+
 log = logging.getLogger("hq_inductor.passes")
 
 
@@ -82,7 +84,12 @@ def launch(kernel, grid: tuple[int, ...], first: torch.Tensor, *args, **options)
         _settle_keys(kernel.fn.__module__)
         if _under_way:
             wait_for_kernels()
-        kernel[grid](first, *args, **options)
+        compiled = kernel[grid](first, *args, **options)
+        noted = recorder()
+        if noted is not None:
+            given = (first, *args)
+            rest = kernel.arg_names[len(given) :]
+            noted.launched(compiled, grid, [*given, *(options[name] for name in rest)])
         return
     # a dtype stands for a pointer to aligned memory
     arguments = tuple(arg.dtype if isinstance(arg, torch.Tensor) else arg for arg in (first, *args))

@@ -119,6 +119,7 @@ register(
     "codes_linear(Tensor x, Tensor qdata, Tensor scale, Tensor? act_pre_scale, Tensor? bias, str lattice, int seed, "
     'str mma="auto") -> Tensor',
     _codes_linear_fake,
+    replay=True,
     CPU=_codes_linear,
     CUDA=_codes_linear_cuda,
 )

@@ -24,6 +24,7 @@ import torch
 from .kernels.linear import most_strips
 from .kernels.warpgroup import ring_shape
 from .launch import REGISTERS, RING_REGISTERS, WARP_ROWS, LinearLaunch, RingLaunch, decode_warps, ring_products, ring_warps
+from .replay import forget_plans
 
 FORMAT = 1
 DIRECTORY = Path(__file__).parent / "launches"
@@ -71,6 +72,7 @@ def use_launches(path: str | Path | None) -> None:
     _given = None if path is None else Path(path).resolve()
     _launches.cache_clear()
     stored_launch.cache_clear()
+    forget_plans()
 
 
 @functools.lru_cache(maxsize=4096)

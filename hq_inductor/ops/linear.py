@@ -254,6 +254,7 @@ for _overload in ("rice_linear", "rice_linear.no_grad"):
         f"{_overload}(Tensor x, Tensor qdata, Tensor? act_pre_scale, Tensor? bias, str lattice, int tile, int code, int seed, "
         'str mma="auto") -> Tensor',
         _rice_linear_fake,
+        replay=True,
         CPU=_rice_linear,
         CUDA=_rice_linear_cuda,
     )

@@ -150,6 +150,7 @@ register(
     _rice_linear_fused_fake,
     # views of other layers' outputs come in: rows may lie any distance apart
     tags=(torch.Tag.flexible_layout,),
+    replay=True,
     CPU=_rice_linear_fused,
     CUDA=_rice_linear_fused_cuda,
 )

@@ -9,6 +9,7 @@ import torch
 from torch._guards import TracingContext
 
 from ..format.layout import TileLayout
+from .replay import replayed
 
 NAMESPACE = "hyperquant"
 # Library.define + impl costs 5.6 us per eager call where torch.library.custom_op costs 17 (measured, 2-core CPU, torch 2.13)
@@ -17,14 +18,19 @@ LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _CUDA: dict[str, Callable] = {}
 
 
-def register(schema: str, fake: Callable, tags: tuple[torch.Tag, ...] = (), **by_device: Callable) -> None:
-    """Define `hyperquant::<schema>` with a fake kernel and one implementation per dispatch key (`CPU=`, `CUDA=`)."""
+def register(schema: str, fake: Callable, tags: tuple[torch.Tag, ...] = (), replay: bool = False, **by_device: Callable) -> None:
+    """Define `hyperquant::<schema>` with a fake kernel and one implementation per dispatch key (`CPU=`, `CUDA=`).
+
+    `replay`: on CUDA it gives one tensor and changes none, and may launch what it launched before (`hq_inductor.ops.replay`).
+    """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=tags)
     if "CUDA" in by_device:
         _CUDA[name] = by_device["CUDA"]
     for key, function in by_device.items():
-        LIBRARY.impl(name, _on_own_device(function) if key == "CUDA" else function, key)
+        if key == "CUDA":
+            function = _on_own_device(replayed(function) if replay else function)
+        LIBRARY.impl(name, function, key)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
 
 
@@ -38,6 +44,9 @@ def _on_own_device(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def call(first: torch.Tensor, *args, **kwargs):
+        # the context costs 2 us, also where it changes nothing
+        if first.device.index == torch.cuda.current_device():
+            return function(first, *args, **kwargs)
         with torch.cuda.device(first.device):
             return function(first, *args, **kwargs)
 

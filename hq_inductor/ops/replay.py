@@ -1,0 +1,270 @@
+"""Calls of an op that launch again what an equal call launched before, without Python between the kernels.
+
+Why.         From Python a launch costs the host 50 us and more (Triton binds 60 arguments, specializes each, builds a key of them), and what
+             leads to it some 30: twice that for a linear layer, which a GPU computes in 10. With CUDA graphs nobody pays for it; without,
+             a model waits for nothing else.
+How.         The first call of its kind runs as ever and is recorded: kernels as Triton compiled them, grids, and of every argument where it
+             came from: an input, memory that the call allocated, a constant. Calls of the same kind allocate as much, put their own
+             addresses in, and launch. Calls are of one kind if all arguments agree, tensors in shape, strides, dtype and device.
+Invariants.  Whatever is not plainly a launch or an allocation is not recorded, and runs as ever: other torch operations (a dispatch mode
+             sees them all), addresses of unknown origin, two inputs at one address (which of them it was cannot be told), inputs that do
+             not start at 16 bytes (Triton compiles others for them), kernels whose launches are observed.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from operator import itemgetter
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..format.on_device import is_kept
+
+# kinds of calls that are kept: batch sizes that change from call to call must not fill memory
+MOST_PLANS = 4096
+# calls of a kind that are recorded in vain
+MOST_FAILURES = 3
+# of allocations that are made at once
+_ALIGNMENT = 256
+
+_aten = torch.ops.aten
+_ALLOCATIONS = {_aten.empty.memory_format, _aten.empty_strided.default, _aten.new_empty.default}
+_VIEWS = {
+    _aten.view.default,
+    _aten.view.dtype,
+    _aten._unsafe_view.default,
+    _aten._reshape_alias.default,
+    _aten.as_strided.default,
+    _aten.alias.default,
+    _aten.detach.default,
+    _aten.slice.Tensor,
+    _aten.select.int,
+    _aten.split.Tensor,
+    _aten.split_with_sizes.default,
+    _aten.unsqueeze.default,
+    _aten.squeeze.dim,
+    _aten.expand.default,
+    _aten.t.default,
+    _aten.transpose.int,
+    _aten.permute.default,
+}
+
+
+@dataclass(frozen=True)
+class _Place:
+    """An address: bytes after the start of the i-th input, or of the i-th allocation, which has number -1 - i."""
+
+    source: int
+    offset: int
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes allocations and launches of the calls within it."""
+
+    def __init__(self, inputs: Sequence[torch.Tensor]) -> None:
+        super().__init__()
+        self.inputs = {tensor.data_ptr(): i for i, tensor in enumerate(inputs)}
+        self.allocated: list[torch.Tensor] = []
+        # compiled kernel, grid, arguments: of pointers where they are
+        self.launches: list[tuple[object, tuple[int, ...], list]] = []
+        self.kept: list[torch.Tensor] = []
+        self.fails = len(self.inputs) < len(inputs)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func in _ALLOCATIONS:
+            self.allocated.append(result)
+        elif func not in _VIEWS:
+            self.fails = True
+        return result
+
+    def launched(self, compiled: object, grid: tuple[int, ...], arguments: list) -> None:
+        if compiled is None or not hasattr(compiled, "packed_metadata"):
+            self.fails = True
+            return
+        self.launches.append((compiled, grid, [self._place(arg) if isinstance(arg, torch.Tensor) else arg for arg in arguments]))
+
+    def _place(self, tensor: torch.Tensor) -> _Place | int:
+        address = tensor.data_ptr()
+        if address == 0:
+            return 0
+        if address in self.inputs:
+            return _Place(self.inputs[address], 0)
+        for i, owner in enumerate(self.allocated):
+            offset = address - owner.data_ptr()
+            if 0 <= offset < owner.untyped_storage().nbytes():
+                return _Place(-1 - i, offset)
+        if is_kept(tensor):
+            self.kept.append(tensor)
+            return address
+        self.fails = True
+        return 0
+
+
+_recording = threading.local()
+
+
+def recorder() -> _Recorder | None:
+    """What the launches of this thread are to be reported to."""
+    return getattr(_recording, "recorder", None)
+
+
+@dataclass(frozen=True)
+class _Launch:
+    run: Callable
+    head: tuple  # grid
+    tail: tuple  # function and metadata
+    arguments: itemgetter  # from all values of a plan
+
+
+@dataclass
+class Plan:
+    """What calls of one kind do."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    scratch: int  # bytes
+    offsets: list[int]  # of what is not returned, in the scratch
+    launches: list[_Launch]
+    constants: tuple
+    kept: list[torch.Tensor] = field(default_factory=list)
+
+    def run(self, pointers: list[int]) -> torch.Tensor:
+        """`pointers` of the inputs; on the current stream of the plan's device, which is the current one."""
+        out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        pointers.append(out.data_ptr())
+        if self.scratch:
+            scratch = torch.empty(self.scratch, dtype=torch.uint8, device=self.device)
+            first = scratch.data_ptr()
+            for offset in self.offsets:
+                pointers.append(first + offset)
+        pointers += self.constants
+        stream = _stream(self.device)
+        for launch in self.launches:
+            launch.run(*launch.head, stream, *launch.tail, *launch.arguments(pointers))
+        return out
+
+
+def _stream(device: torch.device) -> int:
+    return torch._C._cuda_getCurrentRawStream(device.index)
+
+
+def _observed() -> bool:
+    """Whether somebody wants to know of launches (Triton's hooks), which plans do not tell."""
+    from triton import knobs
+
+    hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
+    return any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
+
+
+def _plan(recorder: _Recorder, inputs: int, out: torch.Tensor) -> Plan | None:
+    """What was recorded, or None if it cannot be done again."""
+    returned = [i for i, tensor in enumerate(recorder.allocated) if tensor.data_ptr() == out.data_ptr() != 0]
+    if recorder.fails or not recorder.launches or len(returned) != 1:
+        return None
+    owner = recorder.allocated[returned[0]]
+    if not out.is_contiguous() or out.dtype != owner.dtype or out.numel() != owner.numel():
+        return None
+    # values of a plan: inputs, the result, other allocations, constants
+    offsets, places, size = [], {-1 - returned[0]: inputs}, 0
+    for i, tensor in enumerate(recorder.allocated):
+        if i != returned[0]:
+            places[-1 - i] = inputs + 1 + len(offsets)
+            offsets.append(size)
+            size += math.ceil(tensor.untyped_storage().nbytes() / _ALIGNMENT) * _ALIGNMENT
+    constants: list = []
+    launches = []
+    for compiled, grid, arguments in recorder.launches:
+        indices = []
+        for argument in arguments:
+            if isinstance(argument, _Place) and argument.source >= 0:
+                indices.append(argument.source)
+            elif isinstance(argument, _Place) and argument.offset == 0:
+                indices.append(places[argument.source])
+            elif isinstance(argument, _Place):
+                # an address of its own in the scratch; not in the result, which is one piece
+                if argument.source == -1 - returned[0]:
+                    return None
+                indices.append(("offset", offsets[places[argument.source] - inputs - 1] + argument.offset))
+            else:
+                indices.append(("constant", argument))
+        launches.append((compiled, grid, indices))
+    for _, _, indices in launches:
+        for i, index in enumerate(indices):
+            if isinstance(index, tuple) and index[0] == "offset":
+                indices[i] = inputs + 1 + len(offsets)
+                offsets.append(index[1])
+    for _, _, indices in launches:
+        for i, index in enumerate(indices):
+            if isinstance(index, tuple):
+                indices[i] = inputs + 1 + len(offsets) + len(constants)
+                constants.append(index[1])
+    steps = [
+        _Launch(compiled.run, (*grid, 1, 1)[:3], (compiled.function, compiled.packed_metadata, None, None, None), itemgetter(*indices))
+        for compiled, grid, indices in launches
+    ]
+    return Plan(tuple(out.shape), out.dtype, out.device, size, offsets, steps, tuple(constants), recorder.kept)
+
+
+_plans: dict[tuple, Plan | int] = {}
+
+
+def forget_plans() -> None:
+    """Record anew: for what changes how calls are launched."""
+    _plans.clear()
+
+
+def _kind(args: Sequence, key: list, tensors: list[torch.Tensor]) -> None:
+    """Append what calls of a kind have in common, and tensors."""
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            tensors.append(arg)
+            key += (arg.shape, arg.stride(), arg.dtype)
+        elif isinstance(arg, (list, tuple)):
+            key.append(len(arg))
+            _kind(arg, key, tensors)
+        else:
+            key.append(arg)
+
+
+def replayed(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`function`, an op's on CUDA that gives one tensor, from plans where it can be; the device of the first argument is the current one."""
+
+    def call(*args):
+        key: list = [function, args[0].device]
+        tensors: list[torch.Tensor] = []
+        _kind(args, key, tensors)
+        kind = tuple(key)
+        plan = _plans.get(kind, 0)
+        if plan.__class__ is int and plan >= MOST_FAILURES:
+            return function(*args)
+        pointers = [tensor.data_ptr() for tensor in tensors]
+        aligned = 0
+        for pointer in pointers:
+            # an empty tensor has no address
+            aligned |= pointer & 15 if pointer else 15
+        if aligned or _observed():
+            return function(*args)
+        if plan.__class__ is not int:
+            return plan.run(pointers)
+        if recorder() is not None:
+            return function(*args)
+        noted = _Recorder(tensors)
+        _recording.recorder = noted
+        try:
+            with noted:
+                out = function(*args)
+        finally:
+            _recording.recorder = None
+        if len(set(pointers)) == len(pointers):
+            if len(_plans) >= MOST_PLANS:
+                _plans.clear()
+            _plans[kind] = _plan(noted, len(tensors), out) or plan + 1
+        return out
+
+    return call
