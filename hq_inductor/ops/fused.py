@@ -108,6 +108,7 @@ def blocked_matmul(
     if out.numel() == 0:
         return out
     tiles, padded = act_scale.shape
+    pdl = dependent_launch(codes.device)
     ahead.launch(
         ring_matmul_kernel,
         (-(-rows // 128) * (padded // MATMUL_COLUMNS),),
@@ -129,8 +130,10 @@ def blocked_matmul(
         HAS_BIAS=bias is not None,
         NUM_WARPS=MATMUL_WARPS,
         SHARED_KB=MATMUL_KB,
+        PDL=pdl,
         num_warps=MATMUL_WARPS,
         num_stages=1,
+        **({"launch_pdl": True} if pdl else {}),
     )
     return out
 
@@ -349,6 +352,7 @@ def decode(
     row_scale: bool = False,
     out: torch.Tensor | None = None,
     blocks: int | None = None,
+    after_rotation: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Decode a weight.
 
@@ -358,6 +362,7 @@ def decode(
         row_scale: divide each row by a scale that brings what its tiles can hold into the range of e4m3.
         out: where to write it, contiguous, or None.
         blocks: thread blocks that the tiles of all rows are dealt to; None chooses.
+        after_rotation: the kernel before is `rotate`'s or the decoder after it, with which this one may run at the same time.
 
     Returns:
         `[N, tiles * tile]`, and for codes the scales `[N, tiles]`, for `row_scale` the scales `[N]`, fp32.
@@ -373,17 +378,30 @@ def decode(
         return out, scale
     placeholder = qdata
     _launch_decode(
-        qdata, layout, scale if row_scale else placeholder, out, scale if codes else placeholder, 0, blocks, codes, False, row_scale
+        qdata,
+        layout,
+        scale if row_scale else placeholder,
+        out,
+        scale if codes else placeholder,
+        0,
+        blocks,
+        codes,
+        False,
+        row_scale,
+        after_rotation,
     )
     return out, scale
 
 
-def decode_blocks(qdata: Sequence[torch.Tensor], layouts: Sequence[TileLayout]) -> tuple[torch.Tensor, torch.Tensor]:
+def decode_blocks(
+    qdata: Sequence[torch.Tensor], layouts: Sequence[TileLayout], after_rotation: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes of weights one below the other, as `blocked_matmul` takes them.
 
     Args:
         qdata: `[N, tiles, words]` int32 each; N is a multiple of 64 for all but the last.
         layouts: of each; they agree in lattice and tile.
+        after_rotation: the kernel before is `rotate_quantize`'s, made for a decoder, with which this one may run at the same time.
 
     Returns:
         `[padded N / 64, K / 16, 64, 16]` int8 and `[tiles, padded N]` fp32, N of all weights; nothing is written to rows that pad.
@@ -399,7 +417,7 @@ def decode_blocks(qdata: Sequence[torch.Tensor], layouts: Sequence[TileLayout]) 
     parts = zip(qdata, layouts, codes.split([n // 64 for n in sizes]), scale.split(sizes, 1), strict=True)
     for weight, layout, codes_of, scale_of in parts:
         if weight.shape[0]:
-            _launch_decode(weight, layout, weight, codes_of, scale_of, padded, None, True, True, False)
+            _launch_decode(weight, layout, weight, codes_of, scale_of, padded, None, True, True, False, after_rotation)
     return codes, scale
 
 
@@ -414,11 +432,13 @@ def _launch_decode(
     codes: bool,
     blocked: bool,
     row_scale: bool,
+    after_rotation: bool,
 ) -> None:
     rows, tiles, words = qdata.shape
     stream_bytes = row_bytes(layout.stream_words) if qdata.is_cuda else 0
     num_warps = decode_warps(stream_bytes)
     panels = -(-rows // (WARP_ROWS * num_warps))
+    pdl = after_rotation and dependent_launch(qdata.device)
     if blocks is None:
         blocks = decode_launch_blocks(panels, tiles, multiprocessors(qdata.device) if qdata.is_cuda else 1)
     ahead.launch(
@@ -447,10 +467,12 @@ def _launch_decode(
         ROW_SCALE=row_scale,
         LARGEST=layout.largest_value,
         NUM_WARPS=num_warps,
+        PDL=pdl,
         num_warps=num_warps,
         num_stages=1,
         # two blocks on a multiprocessor
         maxnreg=min(255, 65536 // (2 * 32 * num_warps)),
+        **({"launch_pdl": True} if pdl else {}),
     )
 
 

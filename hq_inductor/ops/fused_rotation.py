@@ -78,6 +78,7 @@ def rotate_quantize(
     prologue: Prologue = NO_PROLOGUE,
     ring: int = 0,
     fp8: bool = False,
+    before_decoder: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rotated activations as the fused linear layer reads them.
 
@@ -89,6 +90,7 @@ def rotate_quantize(
             M is a multiple of rows and each is for M / rows in a row; last dimensions contiguous.
         ring: batch columns of a block whose activations come through a ring, or 0.
         fp8: e4m3 instead of int8.
+        before_decoder: the next kernel is the decoder.
 
     Returns:
         int8 or e4m3 of `rotated_shape` (`hq_inductor.ops.kernels.activations`), fp32 scales `[tiles, padded]` or `[padded]`, int32 zeros.
@@ -105,7 +107,7 @@ def rotate_quantize(
             f"x must have tiles of at most {MOST_ROW} coefficients, their number padded to a power of two, got {tuple(x.shape)}"
         )
     if row is not None:
-        _rotate_rows(x, act_pre_scale, q, scale, zeros, layout, tiles, padded, seed, prologue, row, ring)
+        _rotate_rows(x, act_pre_scale, q, scale, zeros, layout, tiles, padded, seed, prologue, row, ring, before_decoder)
         return q, scale, zeros
     pdl = dependent_launch(x.device)
     prologue, stride_norm, period = _norm_strides(prologue, x.shape[0])
@@ -134,6 +136,7 @@ def rotate_quantize(
         LATTICE=layout.lattice,
         ALIGNED=_aligned_rows(x, gate) and stride_norm % 16 == 0,
         PDL=pdl,
+        BEFORE_DECODER=before_decoder,
         RING=ring,
         num_warps=1,
         **({"launch_pdl": True} if pdl else {}),
@@ -154,11 +157,12 @@ def _rotate_rows(
     prologue: Prologue,
     launch: RowLaunch,
     ring: int = 0,
+    before_decoder: bool = True,
 ) -> None:
     """A program for each of `padded` rows; arguments as of `rotate_quantize`, without zeros to be written the order is `rotate`'s."""
     prologue, stride_norm, period = _norm_strides(prologue, x.shape[0])
     gate = x if prologue.gate is None else prologue.gate
-    pdl = zeros is not None and dependent_launch(x.device)
+    pdl = dependent_launch(x.device)
     ahead.launch(
         rotate_row_kernel,
         (padded,),
@@ -185,6 +189,7 @@ def _rotate_rows(
         LATTICE=layout.lattice,
         ALIGNED=_aligned_rows(x, gate) and stride_norm % 16 == 0,
         PDL=pdl,
+        BEFORE_DECODER=before_decoder,
         PLAIN=zeros is None,
         RING=ring,
         NUM_WARPS=launch.num_warps,
@@ -271,6 +276,7 @@ def rotate(
             ALIGNED=aligned,
             num_warps=1 if batch >= 1024 else 4,
         )
+    pdl = dependent_launch(x.device)
     ahead.launch(
         rotate_kernel,
         (batch, tiles),
@@ -281,7 +287,9 @@ def rotate(
         **rotation,
         LATTICE=layout.lattice,
         ALIGNED=aligned,
+        PDL=pdl,
         num_warps=1,
+        **({"launch_pdl": True} if pdl else {}),
     )
     return out, scale
 

@@ -196,7 +196,8 @@ def library_linear(
     rotated, act_scale = rotate(x, act_pre_scale, layouts[0], tiles, seed, dtype, prologue)
     weight = torch.empty((sum(rows), rotated.shape[1]), dtype=dtype, device=x.device)
     scales = [
-        decode(q, layout, dtype, row_scale=fp8, out=out)[1] for q, layout, out in zip(qdata, layouts, weight.split(rows), strict=True)
+        decode(q, layout, dtype, row_scale=fp8, out=out, after_rotation=True)[1]
+        for q, layout, out in zip(qdata, layouts, weight.split(rows), strict=True)
     ]
     if int8 or fp8:
         scale = scales[0] if len(scales) == 1 else torch.cat(scales)
@@ -229,8 +230,10 @@ def _blocked_linear(
 
     padded = -(-len(x) // MATMUL_COLUMNS) * MATMUL_COLUMNS
     tiles = qdata[0].shape[1]
-    rotated, act_scale, _ = rotate_quantize(x, act_pre_scale, layouts[0], tiles, seed, padded, 0, prologue, MATMUL_COLUMNS)
-    codes, scale = decode_blocks(qdata, layouts)
+    rotated, act_scale, _ = rotate_quantize(
+        x, act_pre_scale, layouts[0], tiles, seed, padded, 0, prologue, MATMUL_COLUMNS, before_decoder=True
+    )
+    codes, scale = decode_blocks(qdata, layouts, after_rotation=True)
     return blocked_matmul(rotated, act_scale, codes, scale, bias, len(x), sum(q.shape[0] for q in qdata), x.dtype)
 
 

@@ -44,6 +44,7 @@ class Kernel:
 @pytest.fixture
 def kernel(monkeypatch):
     monkeypatch.setattr(replay, "_stream", lambda device: 11)
+    monkeypatch.setattr(replay, "_allocate", lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype))
     monkeypatch.setattr(replay, "_plans", {})
     # no modules of kernels here
     monkeypatch.setattr(ahead, "_settle_keys", lambda module: None)
@@ -107,9 +108,12 @@ def copied_input(kernel, x, y):
     return out
 
 
-def unknown_memory(kernel, x, y, kept=torch.zeros(8)):
+UNKNOWN = torch.zeros(8)
+
+
+def unknown_memory(kernel, x, y):
     out = torch.empty(8)
-    launch(kernel, x, kept, out, 2)
+    launch(kernel, x, UNKNOWN, out, 2)
     launch(kernel, out, y, out, 1)
     return out
 
@@ -133,7 +137,9 @@ def returns_an_input(kernel, x, y):
 
 
 @pytest.mark.parametrize(
-    "function", [more_operations, copied_input, unknown_memory, inside_of_an_input, returns_a_part, returns_an_input], ids=lambda f: f.__name__
+    "function",
+    [more_operations, copied_input, unknown_memory, inside_of_an_input, returns_a_part, returns_an_input],
+    ids=lambda f: f.__name__,
 )
 def test_calls_that_do_more_run_as_ever(kernel, function):
     call = replay.replayed(lambda x, y: function(kernel, x, y))

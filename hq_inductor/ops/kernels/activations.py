@@ -202,6 +202,21 @@ def rotate(
     return hadamard(x, PARTS, BLOCK) * (1.0 / (BLOCK**0.5)), column, inside
 
 
+@triton.jit
+def start_dependent(PDL: tl.constexpr, BEFORE_DECODER: tl.constexpr):
+    """Wait for the kernel before, and let the one after start early.
+
+    The linear kernel may start at once on its tables and weights; what it reads of ours it waits for. The decoder waits for nothing, but
+    writes, to memory that kernels before us may have read: not before they are done.
+    """
+    if PDL:
+        if not BEFORE_DECODER:
+            gdc_launch_dependents()
+        gdc_wait()
+        if BEFORE_DECODER:
+            gdc_launch_dependents()
+
+
 @triton.jit(do_not_specialize=["M", "M_PAD", "in_features", "stride_norm", "period", "counters", "eps"])
 def rotate_quantize_kernel(
     x_ptr,  # [M, in_features], rows stride_xm apart
@@ -234,13 +249,11 @@ def rotate_quantize_kernel(
     LATTICE: tl.constexpr,
     ALIGNED: tl.constexpr,
     PDL: tl.constexpr,
+    BEFORE_DECODER: tl.constexpr,
     RING: tl.constexpr,
 ):
     """Program (m, t): one tile of one row. A norm's statistics are taken anew by each: the row is in a cache near by."""
-    if PDL:
-        # the linear kernel may start on its tables and weights; what it reads of ours it waits for, as we do for what comes before
-        gdc_launch_dependents()
-        gdc_wait()
+    start_dependent(PDL, BEFORE_DECODER)
     m = tl.program_id(0)
     t = tl.program_id(1)
     if (m == 0) & (t == 0):
@@ -416,8 +429,10 @@ def rotate_kernel(
     NORM_ROWS: tl.constexpr,
     LATTICE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Program (m, t): one tile of one row, in plain order and the dtype of `out`."""
+    start_dependent(PDL, True)
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     if ALIGNED:
         in_features = in_features // 16 * 16

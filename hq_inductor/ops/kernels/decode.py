@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .bits import INTERPRETED
 from .blocks import first_unit, load_chunks, row_divisors, stage_stream, tile_offset
@@ -225,8 +226,9 @@ def decode_kernel(
     ROW_SCALE: tl.constexpr,
     LARGEST: tl.constexpr,
     NUM_WARPS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """Program p: run p of the units."""
+    """Program p: run p of the units. PDL: the kernel before is one that lets this one start when all before it is done."""
     STREAM: tl.constexpr = WORDS - RAW
     END: tl.constexpr = 32 * STREAM
     GROUPS: tl.constexpr = TILE // 128
@@ -388,3 +390,7 @@ def decode_kernel(
         t = next_t
         panel = next_panel
         strip = next_strip
+    if PDL:
+        gdc_launch_dependents()
+        # who waits for this kernel takes the one before for done, too
+        gdc_wait()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .bits import INTERPRETED
 from .block_memory import BLOCK_MEMORY, open_block, whole_memory_jit
@@ -63,6 +64,7 @@ def ring_matmul_kernel(
     HAS_BIAS: tl.constexpr,
     NUM_WARPS: tl.constexpr,
     SHARED_KB: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Programs in order of their numbers: all rows of WIDTH blocks of columns, then of the next ones."""
     BLOCKS: tl.constexpr = COLUMNS // 8
@@ -98,6 +100,9 @@ def ring_matmul_kernel(
         barriers = slots + STAGES * CHUNK
         open_ring(barriers, thread, STAGES, NUM_WARPS)
         tl.debug_barrier()
+    if PDL:
+        gdc_wait()
+    if not _INTERPRETED:
         for stage in tl.static_range(STAGES):
             fill_pieces(
                 thread + tl.where(stage < chunks, 0, 256),
@@ -167,6 +172,8 @@ def ring_matmul_kernel(
             slot = tl.where(ends, 0, slot + 1)
         totals = add_tile(totals, sums, scale_u, scale_v, scales, BLOCKS)
 
+    if PDL:
+        gdc_launch_dependents()
     if _INTERPRETED:
         store_strip(totals, strip, strip >= 0, 0, m0, M, N, N, lane, bias_ptr, out_ptr, 0, out_ptr, BLOCKS, HAS_BIAS, False)
     else:

@@ -18,9 +18,8 @@ import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .activations import SMALLEST, apply_prologue, sign_hash
+from .activations import SMALLEST, apply_prologue, sign_hash, start_dependent
 from .bits import INTERPRETED
 
 # the turn after the last: 16 bytes per thread side by side
@@ -230,6 +229,7 @@ def rotate_row_kernel(
     LATTICE: tl.constexpr,
     ALIGNED: tl.constexpr,
     PDL: tl.constexpr,
+    BEFORE_DECODER: tl.constexpr,
     PLAIN: tl.constexpr,
     RING: tl.constexpr,
     NUM_WARPS: tl.constexpr,
@@ -238,10 +238,7 @@ def rotate_row_kernel(
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     BLOCKS: tl.constexpr = TILES * PARTS
     LAST: tl.constexpr = turns_of(BLOCKS, BLOCK, NUM_WARPS) - 1
-    if PDL:
-        # as rotate_quantize_kernel
-        gdc_launch_dependents()
-        gdc_wait()
+    start_dependent(PDL, BEFORE_DECODER)
     m = tl.program_id(0)
     if not PLAIN and m == 0:
         for first in range(0, counters, 32 * NUM_WARPS):

@@ -178,6 +178,7 @@ def test_decode(capability, out, tmp_path):
         pytest.skip("no fp8 tensor cores")
     constants, num_warps = layout_constants("e8", 4.0, plain=True)
     constants |= {"CODES": out == "i8", "BLOCKED": blocked, "ROW_SCALE": out == "fp8e4nv", "LARGEST": 64.0, "NUM_WARPS": num_warps}
+    constants["PDL"] = capability >= 90
     signature = {"words_ptr": "*i32", "table_ptr": "*i32", "row_scale_ptr": "*fp32", "out_ptr": f"*{out}", "scale_ptr": "*fp32"}
     signature |= {"N": "i32", "tiles": "i32", "scale_rows": "i32"}
     sass, used, _ = compile_ahead(decode_kernel, signature, constants, capability, num_warps, tmp_path, maxnreg=128)
@@ -189,7 +190,7 @@ def test_decode(capability, out, tmp_path):
 @pytest.mark.parametrize(("tile", "bias"), [(512, "bf16"), (384, "fp32")])
 def test_ring_matmul(tile, bias, tmp_path):
     constants = {"TILE": tile, "COLUMNS": MATMUL_COLUMNS, "STAGES": MATMUL_STAGES, "VECTOR": True, "HAS_BIAS": True}
-    constants |= {"NUM_WARPS": MATMUL_WARPS, "SHARED_KB": MATMUL_KB}
+    constants |= {"NUM_WARPS": MATMUL_WARPS, "SHARED_KB": MATMUL_KB, "PDL": True}
     signature = {
         "codes_ptr": "*i8",
         "scale_ptr": "*fp32",
@@ -223,6 +224,7 @@ def test_rotate_quantize(capability, prologue, tmp_path):
         "eps": "fp32",
     }
     constants |= {"PDL": capability >= 90, "RING": 64 if capability == 90 else 0, **prologue_constants(prologue)}
+    constants["BEFORE_DECODER"] = prologue == "rms_norm"
     sass, _, _ = compile_ahead(rotate_quantize_kernel, {**pointers, **scalars}, constants, capability, 1, tmp_path)
     assert "LDL" not in sass and "STL" not in sass, "spilled registers"
     assert "LDG.E.U16" not in sass and "LDG.E.128" in sass
@@ -241,6 +243,7 @@ def test_rotate_quantize(capability, prologue, tmp_path):
 )
 def test_rotate(capability, prologue, out, tmp_path):
     constants = {"TILE": 384, "BLOCK": 128, "PARTS": 4, "SEED": 7, "HAS_SCALE": False, "ALIGNED": True, **prologue_constants(prologue)}
+    constants["PDL"] = capability >= 90
     pointers = {**ACTIVATIONS, "statistics_ptr": "*fp32", "pre_scale_ptr": "*bf16", "out_ptr": f"*{out}", "scale_ptr": "*fp32"}
     scalars = dict.fromkeys(("in_features", "stride_xm", "stride_gm", "stride_norm", "period", "tiles"), "i32")
     sass, _, _ = compile_ahead(rotate_kernel, {**pointers, **scalars}, {**constants, "LATTICE": "e8"}, capability, 1, tmp_path)
@@ -276,7 +279,8 @@ def test_rotate_row(capability, prologue, tile, tiles, out, ring, tmp_path):
     shape = {"BLOCK": hadamard_block(tile), "PARTS": triton.next_power_of_2(tile // hadamard_block(tile))}
     launch = row_launch(4096, tiles, *shape.values())
     constants = {"TILES": launch.tiles, "TILE": tile, **shape, "SEED": 7, "HAS_SCALE": True, "LATTICE": "a2", "ALIGNED": True}
-    constants |= {"PDL": ring is not None and capability >= 90, "PLAIN": ring is None, "RING": ring or 0, "NUM_WARPS": launch.num_warps}
+    constants |= {"PDL": capability >= 90, "PLAIN": ring is None, "RING": ring or 0, "NUM_WARPS": launch.num_warps}
+    constants["BEFORE_DECODER"] = ring is None
     pointers = {**ACTIVATIONS, "pre_scale_ptr": "*bf16", "out_ptr": f"*{out}", "scale_ptr": "*fp32", "counter_ptr": "*i32"}
     scalars = ("M", "M_PAD", "in_features", "stride_xm", "stride_gm", "stride_norm", "period", "tiles", "counters")
     signature = {**pointers, **dict.fromkeys(scalars, "i32"), "eps": "fp32"}
