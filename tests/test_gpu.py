@@ -11,7 +11,11 @@ from hq_inductor import HyperQuantTensor, hyperquant_weight
 from hq_inductor.format.hadamard import hadamard_block, hadamard_ref
 from hq_inductor.format.lattice import embed
 from hq_inductor.format.layout import LATTICES, TileLayout
-from hq_inductor.format.mma import MMA
+from hq_inductor.format.mma import MMA, mxfp4_blocks, nvfp4_blocks, quantize_mxfp4, quantize_nvfp4
+from hq_inductor.ops import linear as linear_module
+from hq_inductor.ops import replay
+from hq_inductor.ops.fused_fp4 import block_scaled_matmul
+from hq_inductor.ops.registry import cuda_function
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 ops = torch.ops.hyperquant
@@ -376,6 +380,30 @@ def test_bias_of_another_dtype(mma):
         )
 
 
+@pytest.mark.parametrize("mma", ["mxfp4", "nvfp4"])
+@pytest.mark.parametrize(("batch", "rows", "columns"), [(1, 1, 128), (3, 130, 256), (200, 300, 1152), (129, 128, 4096)])
+def test_products_of_4_bit_floats(mma, batch, rows, columns):
+    """The kernel for sm_100 against the real values of its operands; before sm_100 Triton emulates mxfp4 alone."""
+    if mma == "nvfp4" and torch.cuda.get_device_capability() < (10, 0):
+        pytest.skip("no nvfp4 tensor cores")
+    quantize, rounded = (quantize_mxfp4, mxfp4_blocks) if mma == "mxfp4" else (quantize_nvfp4, nvfp4_blocks)
+    x = torch.randn(batch, columns, device="cuda") * torch.exp(torch.randn(batch, 1, device="cuda"))
+    weight, bias = torch.randn(rows, columns, device="cuda"), torch.randn(rows, device="cuda").bfloat16()
+    exact = rounded(x).double() @ rounded(weight).double().t() + bias.double()
+    found = block_scaled_matmul(quantize(x), quantize(weight), bias, torch.bfloat16)
+    assert ((found.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-5 * exact.abs().amax()).all()
+
+
+def test_linear_of_4_bit_floats_is_the_kernel_where_there_is_one(monkeypatch):
+    """As on sm_100, with mxfp4 that Triton emulates."""
+    weight = HyperQuantTensor.from_hp(torch.randn(300, 1024, device="cuda"), mma="mxfp4")
+    x, bias = torch.randn(70, 1024, device="cuda").bfloat16(), torch.randn(300, device="cuda").bfloat16()
+    emulated = nn.functional.linear(x, weight, bias)
+    monkeypatch.setattr(linear_module, "block_scaled_products", lambda device: True)
+    found = nn.functional.linear(x, weight, bias)
+    torch.testing.assert_close(found, emulated, rtol=2**-7, atol=2**-7 * emulated.abs().max().item())
+
+
 @pytest.mark.parametrize(("batch", "mma"), [(3, "int8"), (64, "int8"), (128, "int8"), (300, "int8"), (3, "fp8"), (200, "fp8")])
 def test_corrupt_words_are_finite_and_repeatable(batch, mma):
     weight = HyperQuantTensor.from_hp(torch.randn(100, 2048), mma=mma).to("cuda")
@@ -393,6 +421,68 @@ def test_gaussian_snr(bps, floor_db):
     weight = HyperQuantTensor.from_hp(hp, bps=bps)
     assert weight.bits_per_weight == bps
     assert -10 * torch.log10((weight.dequantize() - hp).square().mean() / hp.square().mean()).item() >= floor_db
+
+
+@pytest.mark.parametrize(
+    ("batch", "mma"), [(1, "auto"), (20, "auto"), (100, "auto"), (300, "auto"), (700, "int8"), (100, "fp8"), (300, "fp8")]
+)
+def test_plans_give_what_the_call_gives(batch, mma):
+    """Bit for bit, on other activations and weights than those recorded; none for what ends in a product of the library's."""
+    torch.use_deterministic_algorithms(False)
+    replay.forget_plans()
+    weights = [HyperQuantTensor.from_hp(torch.randn(192, 1024, device="cuda"), mma=mma) for _ in range(4)]
+    bias = torch.randn(192, device="cuda").bfloat16()
+    inputs = [torch.randn(2, batch // 2 or 1, 1024, device="cuda").bfloat16() for _ in weights]
+    call = cuda_function(ops.rice_linear.default)
+    for x, weight in zip(inputs, weights, strict=True):
+        args = (x, weight.qdata, None, bias, weight.lattice, weight.tile, weight.code, weight.seed, mma)
+        found = ops.rice_linear.no_grad(*args)
+        expected = call(*args)
+        assert found.shape == expected.shape and found.stride() == expected.stride() and torch.equal(found, expected)
+    plans = [plan for plan in replay._plans.values() if isinstance(plan, replay.Plan)]
+    assert len(plans) == (0 if mma == "fp8" and batch > 256 else 1)
+
+
+def test_plans_of_siblings_with_what_surrounds_them():
+    """Gate and activations that are halves of one tensor, a residual; another time another residual at other strides."""
+    torch.use_deterministic_algorithms(False)
+    replay.forget_plans()
+    weights = [HyperQuantTensor.from_hp(torch.randn(64 * i, 512, device="cuda")) for i in (1, 2, 3)]
+    call, first = cuda_function(ops.rice_linear_fused.default), weights[0]
+    for i in range(6):
+        both = torch.randn(5, 1024, device="cuda").bfloat16()
+        x, gate = both.chunk(2, 1)
+        residual = torch.randn(5, 64 * (1 + i % 2), device="cuda").bfloat16()[:, :64]
+        rest = ("silu_mul", 0.0, first.lattice, first.tile)
+        for args in (
+            (x, [w.qdata for w in weights], None, [None] * 3, gate, None, None, None, *rest, [w.code for w in weights], first.seed, "auto"),
+            (x, [first.qdata], None, [None], gate, None, None, residual, *rest, [first.code], first.seed, "auto"),
+        ):
+            assert torch.equal(ops.rice_linear_fused(*args), call(*args))
+    assert sum(isinstance(plan, replay.Plan) for plan in replay._plans.values()) == 3
+
+
+def test_plans_in_cuda_graphs():
+    """A call that is recorded within a graph, one that is replayed within one, and both after the graph is gone."""
+    torch.use_deterministic_algorithms(False)
+    weight = HyperQuantTensor.from_hp(torch.randn(192, 1024, device="cuda"))
+    x = torch.randn(3, 1024, device="cuda").bfloat16()
+    nn.functional.linear(x, weight)
+    expected = nn.functional.linear(x, weight)
+    for warm in (False, True):
+        if not warm:
+            replay.forget_plans()
+        graph, still = torch.cuda.CUDAGraph(), x.clone()
+        with torch.cuda.graph(graph):
+            first = nn.functional.linear(still, weight)
+            second = nn.functional.linear(still, weight)
+        for factor in (1, 2, 0.5):
+            still.copy_(x * factor)
+            graph.replay()
+            torch.testing.assert_close(first, (expected * factor).to(first.dtype), rtol=2**-7, atol=1e-6)
+            assert torch.equal(first, second)
+        del graph, first, second
+    assert torch.equal(nn.functional.linear(x, weight), expected)
 
 
 def test_model_moves_between_devices_and_compiles():

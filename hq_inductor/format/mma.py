@@ -8,13 +8,16 @@
 | `mxfp4` | e2m1, a power-of-two scale per 32             | the same                                 |
 
 Each function rounds and gives back real values: the reference for kernels, and what runs where the hardware has no such format. Rounding of
-elements is to nearest, ties to even; scales are chosen as the formats' specifications do.
+elements is to nearest, ties to even; scales are chosen as the formats' specifications do. `quantize_nvfp4` and `quantize_mxfp4` give the
+bits instead, for tensor cores that multiply them.
 Source.  OCP Microscaling Formats 1.0 (mxfp4: shared exponent `floor(log2(max)) - 2`); NVIDIA's nvfp4 (block scale `max / 6` in e4m3,
              tensor scale
          `max / (6 * 448)`); HyperQuant, arXiv 2606.23406 (tensor-core paths).
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 
@@ -61,21 +64,71 @@ def fp8_rows(x: torch.Tensor, tile: int) -> torch.Tensor:
     return (x.to(torch.float32) / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).to(torch.float32) * scale
 
 
+@dataclass(frozen=True)
+class Fp4:
+    """A matrix of 4-bit floats with a scale per block of a row.
+
+    Args:
+        codes: `[M, K / 2]` uint8, of `pack_e2m1`.
+        scale: `[M, K / block]`: e4m3 (nvfp4), or uint8 exponents plus 127 (e8m0, mxfp4).
+        block: 16 (nvfp4) or 32 (mxfp4).
+        factor: scale of the whole matrix, `[]` fp32 (nvfp4), or None.
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    block: int
+    factor: torch.Tensor | None = None
+
+
+def pack_e2m1(values: torch.Tensor) -> torch.Tensor:
+    """Values of `round_e2m1`, `[..., K]`, as bytes `[..., K / 2]`: sign, two bits of exponent, one of mantissa; even indices are low."""
+    magnitude = values.abs()
+    # 0, 0.5, 1, 1.5 | 2, 3 | 4, 6
+    code = torch.where(magnitude < 2, 2 * magnitude, torch.where(magnitude < 4, magnitude + 2, magnitude / 2 + 4)).to(torch.uint8)
+    low, high = (code | (torch.signbit(values).to(torch.uint8) << 3)).unflatten(-1, (-1, 2)).unbind(-1)
+    return low | (high << 4)
+
+
+def _round_nvfp4(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Elements `[M, K / 16, 16]`, scales of blocks `[M, K / 16]` e4m3, and of the matrix."""
+    blocks = x.to(torch.float32).unflatten(-1, (-1, 16))
+    factor = (blocks.abs().amax() / (E2M1_MAX * E4M3_MAX)).clamp(min=_SMALLEST)
+    scale = (blocks.abs().amax(-1) / (E2M1_MAX * factor)).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)
+    step = (scale.to(torch.float32) * factor).clamp(min=_SMALLEST)
+    return round_e2m1(blocks / step[..., None]), scale, factor
+
+
+def _round_mxfp4(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Elements `[M, K / 32, 32]`, and exponents of blocks `[M, K / 32]`, int32 with a bias of 127."""
+    blocks = x.to(torch.float32).unflatten(-1, (-1, 32))
+    largest = blocks.abs().amax(-1).clamp(min=_SMALLEST)
+    exponent = (torch.floor(torch.log2(largest)) - 2).clamp(min=-126).to(torch.int32) + 127
+    return round_e2m1(blocks / (exponent << 23).view(torch.float32)[..., None]), exponent
+
+
+def quantize_nvfp4(x: torch.Tensor) -> Fp4:
+    """`[M, K]`, K a multiple of 16, rounded to nvfp4."""
+    elements, scale, factor = _round_nvfp4(x)
+    return Fp4(pack_e2m1(elements.flatten(-2)), scale, 16, factor)
+
+
+def quantize_mxfp4(x: torch.Tensor) -> Fp4:
+    """`[M, K]`, K a multiple of 32, rounded to mxfp4."""
+    elements, exponent = _round_mxfp4(x)
+    return Fp4(pack_e2m1(elements.flatten(-2)), exponent.to(torch.uint8), 32)
+
+
 def nvfp4_blocks(x: torch.Tensor) -> torch.Tensor:
     """`[M, K]`, K a multiple of 16, rounded to nvfp4; returned as fp32."""
-    blocks = x.to(torch.float32).unflatten(-1, (-1, 16))
-    tensor_scale = (blocks.abs().amax() / (E2M1_MAX * E4M3_MAX)).clamp(min=_SMALLEST)
-    scale = (blocks.abs().amax(-1, keepdim=True) / (E2M1_MAX * tensor_scale)).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).to(torch.float32)
-    scale = scale * tensor_scale
-    return (round_e2m1(blocks / scale.clamp(min=_SMALLEST)) * scale).flatten(-2)
+    elements, scale, factor = _round_nvfp4(x)
+    return (elements * (scale.to(torch.float32) * factor)[..., None]).flatten(-2)
 
 
 def mxfp4_blocks(x: torch.Tensor) -> torch.Tensor:
     """`[M, K]`, K a multiple of 32, rounded to mxfp4; returned as fp32."""
-    blocks = x.to(torch.float32).unflatten(-1, (-1, 32))
-    largest = blocks.abs().amax(-1, keepdim=True).clamp(min=_SMALLEST)
-    scale = torch.exp2(torch.floor(torch.log2(largest)) - 2).clamp(min=_SMALLEST)
-    return (round_e2m1(blocks / scale) * scale).flatten(-2)
+    elements, exponent = _round_mxfp4(x)
+    return (elements * (exponent << 23).view(torch.float32)[..., None]).flatten(-2)
 
 
 def round_operands(x: torch.Tensor, weight: torch.Tensor, mma: str, tile: int) -> tuple[torch.Tensor, torch.Tensor]:

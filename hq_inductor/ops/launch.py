@@ -158,6 +158,12 @@ def fp8_products(device: torch.device) -> bool:
     return _hopper_or_newer(device)
 
 
+@functools.lru_cache(maxsize=32)
+def block_scaled_products(device: torch.device) -> bool:
+    """Whether the device multiplies 4-bit floats with a scale per block (sm_100 and later)."""
+    return _hopper_or_newer(device) and torch.cuda.get_device_capability(device) >= (10, 0)
+
+
 def decode_warps(row_bytes: int) -> int:
     """Warps per block: shared memory holds 8 with short stream planes, 4 with long ones."""
     return 8 if row_bytes <= 64 else 4

@@ -9,7 +9,8 @@ Choice.      On a CPU the operands of `"auto"` and `"bf16"` are not rounded (fp3
              (`hq_inductor.ops.kernels.ring_matmul` on sm_90). `"auto"` is `"int8"` for half-precision activations, elsewhere than on sm_90
              below `LIBRARY_BATCH` only, else `"bf16"`: the weight decoded to the activations' dtype for a library product. `"fp8"` is the
              fused kernel on sm_90 for half-precision batches up to `RING_BATCH`, and else decodes to e4m3 for a library product. nvfp4 and
-             mxfp4 are emulated: rounded as the formats round, multiplied in the activations' dtype.
+             mxfp4 are decoded, quantized and multiplied as what they are on sm_100 and later (`hq_inductor.ops.fused_fp4`; compiled for
+             these, never run there), and emulated elsewhere: rounded as the formats round, multiplied in the activations' dtype.
 Gradients.   For `x` and `bias`; the weight is frozen. Backward decodes again instead of saving a dequantized weight.
              `torch.library.register_autograd` runs a layer of Python on every call, gradients or not, for 6 of
              the 16 us that a call costs (2-core CPU, torch 2.13). The overload `no_grad` is the same op without it.
@@ -26,9 +27,9 @@ from ..format.codes import CodesLayout
 from ..format.hadamard import hadamard_block, hadamard_ref
 from ..format.lattice import embed
 from ..format.layout import TileLayout
-from ..format.mma import check_mma, round_operands
+from ..format.mma import check_mma, quantize_mxfp4, quantize_nvfp4, round_operands
 from .decode import decode_words
-from .launch import FUSED_BATCH, LIBRARY_BATCH, RING_BATCH, fp8_products, fused_batch, ring_products
+from .launch import FUSED_BATCH, LIBRARY_BATCH, RING_BATCH, block_scaled_products, fp8_products, fused_batch, ring_products
 from .prologue import NO_PROLOGUE, Prologue
 from .registry import LIBRARY, NAMESPACE, check_floating, check_qdata, register, traced
 
@@ -205,6 +206,11 @@ def library_linear(
         return int8_matmul(rotated, act_scale, weight, scale, joined, x.dtype)
     if fp8:
         return torch._scaled_mm(rotated, weight.t(), scale_a=act_scale[:, None], scale_b=scale[None], bias=joined, out_dtype=x.dtype)
+    if mma in ("nvfp4", "mxfp4") and x.dtype != torch.float32 and block_scaled_products(x.device):
+        from .fused_fp4 import block_scaled_matmul
+
+        quantize = quantize_nvfp4 if mma == "nvfp4" else quantize_mxfp4
+        return block_scaled_matmul(quantize(rotated), quantize(weight), joined, x.dtype) if batch else F.linear(rotated, weight)
     rotated, weight = round_operands(rotated, weight, mma, layouts[0].tile)
     return F.linear(rotated, weight, joined)
 

@@ -1,7 +1,20 @@
 import pytest
 import torch
 
-from hq_inductor.format.mma import MMA, check_mma, fp8_rows, int8_tiles, mxfp4_blocks, nvfp4_blocks, round_e2m1, round_operands
+from hq_inductor.format.mma import (
+    MMA,
+    Fp4,
+    check_mma,
+    fp8_rows,
+    int8_tiles,
+    mxfp4_blocks,
+    nvfp4_blocks,
+    pack_e2m1,
+    quantize_mxfp4,
+    quantize_nvfp4,
+    round_e2m1,
+    round_operands,
+)
 
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
@@ -51,6 +64,30 @@ def test_mxfp4_scales_are_powers_of_two():
     largest = x.view(8, 2, 32).abs().amax(-1, keepdim=True)
     scale = torch.exp2(torch.floor(torch.log2(largest)) - 2)
     assert torch.isin((blocks / scale).abs(), E2M1).all()
+
+
+def test_e2m1_codes_are_those_of_the_specification():
+    """OCP Microscaling Formats 1.0, table 5: S E E M; the even index in the low half."""
+    values = torch.cat((E2M1, -E2M1))
+    assert pack_e2m1(values.view(8, 2)).flatten().tolist() == [16 * (2 * i + 1) + 2 * i for i in range(8)]
+
+
+def real_values(matrix: Fp4) -> torch.Tensor:
+    """By a table of all codes, in fp64."""
+    table = torch.cat((E2M1, -E2M1)).double()
+    elements = torch.stack((table[(matrix.codes & 15).long()], table[(matrix.codes >> 4).long()]), -1).flatten(-2)
+    scale = matrix.scale.double() * matrix.factor.double() if matrix.block == 16 else torch.exp2(matrix.scale.double() - 127)
+    return elements * scale.repeat_interleave(matrix.block, -1)
+
+
+@pytest.mark.parametrize(("quantize", "blocks"), [(quantize_nvfp4, nvfp4_blocks), (quantize_mxfp4, mxfp4_blocks)])
+@pytest.mark.parametrize("size", [1.0, 1e-30, 1e30, 0.0])
+def test_bits_are_those_of_the_rounded_values(quantize, blocks, size):
+    x = torch.randn(7, 256) * torch.exp(3 * torch.randn(7, 1)) * size
+    x[2] = 0
+    matrix = quantize(x)
+    assert matrix.codes.dtype == torch.uint8 and matrix.codes.shape == (7, 128) and matrix.scale.shape == (7, 256 // matrix.block)
+    torch.testing.assert_close(real_values(matrix).float(), blocks(x), rtol=2e-7, atol=0)
 
 
 def test_exact_formats_leave_operands_alone():

@@ -1,6 +1,6 @@
 """Kernels under Triton's interpreter, in a process of its own: `TRITON_INTERPRET=1` must stand before the kernels are imported.
 
-Compares the fused linear layer and the decoder with the specification and fails with an AssertionError. python -m
+Compares the fused linear layer, the decoder and products of 4-bit floats with the specification and fails with an AssertionError. python -m
 tests.ops.kernels.interpreted"""
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from hq_inductor import HyperQuantTensor
 from hq_inductor.format.hadamard import hadamard_block, hadamard_ref
 from hq_inductor.format.lattice import embed
 from hq_inductor.format.layout import TileLayout
-from hq_inductor.format.mma import E4M3_MAX, fp8_scale
+from hq_inductor.format.mma import E4M3_MAX, fp8_scale, mxfp4_blocks, nvfp4_blocks, quantize_mxfp4, quantize_nvfp4
 from hq_inductor.ops import fused_rotation
 from hq_inductor.ops.fused import blocked_matmul, decode, decode_blocks, fused_linear, int8_matmul
+from hq_inductor.ops.fused_fp4 import block_scaled_matmul
 from hq_inductor.ops.fused_rotation import rotate, rotate_quantize
 from hq_inductor.ops.launch import LinearLaunch, MatmulLaunch, RingLaunch
 
@@ -160,6 +161,19 @@ def check_siblings(counts: tuple[int, ...], blocks: int, with_bias: bool) -> Non
     print("ok siblings", counts)
 
 
+def check_fp4(quantize, batch: int, rows: int, columns: int, with_bias: bool) -> None:
+    """Products of 4-bit floats against those of their real values, tails of blocks in both directions."""
+    rounded = {quantize_nvfp4: nvfp4_blocks, quantize_mxfp4: mxfp4_blocks}[quantize]
+    x, weight = torch.randn(batch, columns), torch.randn(rows, columns) * torch.exp(torch.randn(rows, 1))
+    bias = torch.randn(rows) if with_bias else None
+    exact = rounded(x).double() @ rounded(weight).double().t()
+    exact += 0 if bias is None else bias.double()
+    out = block_scaled_matmul(quantize(x), quantize(weight), bias, torch.float32)
+    error = (out.double() - exact).abs().max() / exact.abs().max()
+    assert error < 1e-6, error
+    print("ok fp4", quantize.__name__, batch, rows, columns)
+
+
 def main() -> None:
     assert triton.knobs.runtime.interpret
     torch.manual_seed(0)
@@ -172,6 +186,9 @@ def main() -> None:
     for case in FP8_CASES:
         check_fp8_case(*case)
         print("ok", *case)
+    check_fp4(quantize_nvfp4, 3, 130, 256, True)
+    check_fp4(quantize_mxfp4, 129, 20, 384, False)
+    check_fp4(quantize_mxfp4, 1, 1, 128, True)
 
 
 if __name__ == "__main__":

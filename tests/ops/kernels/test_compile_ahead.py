@@ -15,7 +15,9 @@ from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 from hq_inductor.format.hadamard import hadamard_block  # noqa: E402
 from hq_inductor.format.rates import weight_layout  # noqa: E402
 from hq_inductor.ops.fused import stages_tiles  # noqa: E402
+from hq_inductor.ops.fused_fp4 import BLOCK_K, BLOCK_M, BLOCK_N, NUM_WARPS  # noqa: E402
 from hq_inductor.ops.kernels.activations import fp8_scale_kernel, rotate_kernel, rotate_quantize_kernel, row_statistics_kernel  # noqa: E402
+from hq_inductor.ops.kernels.block_scaled_matmul import block_scaled_matmul_kernel  # noqa: E402
 from hq_inductor.ops.kernels.decode import decode_kernel  # noqa: E402
 from hq_inductor.ops.kernels.linear import linear_kernel  # noqa: E402
 from hq_inductor.ops.kernels.linear_ring import ring_linear_kernel  # noqa: E402
@@ -205,6 +207,22 @@ def test_ring_matmul(tile, bias, tmp_path):
     assert sass.count("LDL") + sass.count("STL") == 0 and used * 32 * MATMUL_WARPS <= 65536
     # sums go out through the ring
     assert output_bytes(MATMUL_COLUMNS, 128) <= 1024 * MATMUL_KB <= 1024 * 227
+
+
+@pytest.mark.parametrize(
+    ("capability", "scale", "instruction"),
+    [(100, "u8", "UTCOMMA"), (100, "fp8e4nv", "UTCOMMA"), (120, "u8", "OMMA"), (120, "fp8e4nv", "OMMA")],
+)
+def test_block_scaled_matmul(capability, scale, instruction, tmp_path):
+    """By the instructions for 4-bit floats, not by emulation."""
+    constants = {"GROUP": 32 if scale == "u8" else 16, "FACTORS": scale != "u8", "HAS_BIAS": True}
+    constants |= {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K, "GROUP_M": 8}
+    signature = {"x_ptr": "*u8", "x_scale_ptr": f"*{scale}", "weight_ptr": "*u8", "weight_scale_ptr": f"*{scale}"}
+    signature |= {"factor_x_ptr": "*fp32", "factor_w_ptr": "*fp32", "bias_ptr": "*bf16", "out_ptr": "*bf16"}
+    signature |= dict.fromkeys(("M", "N", "pieces"), "i32")
+    sass, _, _ = compile_ahead(block_scaled_matmul_kernel, signature, constants, capability, NUM_WARPS, tmp_path, num_stages=3)
+    assert instruction in sass and "HMMA" not in sass
+    assert sass.count("LDL") + sass.count("STL") == 0, "spilled registers"
 
 
 ACTIVATIONS = {"x_ptr": "*bf16", "gate_ptr": "*bf16", "norm_weight_ptr": "*bf16", "norm_bias_ptr": "*bf16"}
