@@ -341,3 +341,27 @@ def test_store_and_attention_in_a_graph():
     check(found, attend_ref(query, *words, *exact, torch.tensor([60]), None, None, 0.1, 0, 0, 0, layout, layout))
     for side in words:
         assert side[:, :, :60].ne(0).any(-1).all() and side[:, :, 60:].eq(0).all()
+
+
+@pytest.mark.parametrize("max_tokens", [64, 2048])
+def test_plans_of_steps(max_tokens):
+    """Store and attention from plans, with one part of the tokens and several that are combined: bit for bit what the calls give."""
+    from hq_inductor.ops import replay
+    from hq_inductor.ops.registry import cuda_function
+
+    torch.use_deterministic_algorithms(False)
+    replay.forget_plans()
+    ops, layout = torch.ops.hyperquant, layout_of(4.0)
+    code = layout.code
+    caches = [[torch.zeros(1, 2, max_tokens, layout.words, dtype=torch.int32, device="cuda") for _ in range(2)] for _ in range(2)]
+    exact = [torch.randn(1, 2, 16, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    for n in range(5):
+        both = torch.randn(1, 4, 1, 128, device="cuda", dtype=torch.bfloat16).chunk(2, 1)
+        query = torch.randn(1, 8, 1, 128, device="cuda", dtype=torch.bfloat16)
+        position = torch.full((1,), n, device="cuda")
+        ops.kv_store_pair(*caches[0], *both, position, "e8", 128, code, code, 1)
+        cuda_function(ops.kv_store_pair.default)(*caches[1], *both, position, "e8", 128, code, code, 1)
+        rest = (*exact, position + 1, None, None, 0.1, 0, 16, 0, "e8", 128, code, code)
+        assert torch.equal(ops.kv_attention(query, *caches[0], *rest), cuda_function(ops.kv_attention.default)(query, *caches[1], *rest))
+    assert all(torch.equal(*sides) for sides in zip(*caches, strict=True)) and caches[0][0].any()
+    assert [type(plan) for plan in replay._plans.values()] == [replay.Plan] * 2

@@ -284,6 +284,7 @@ register(
     "Tensor? mask, float scale, int sinks, int window, int sliding_window, str lattice, int tile, int k_code, int v_code, "
     "str? dither=None, int k_seed=0, int v_seed=0, Tensor? page_table=None) -> Tensor",
     _kv_attention_fake,
+    replay=True,
     CPU=_kv_attention,
     CUDA=_kv_attention_cuda,
 )

@@ -187,6 +187,7 @@ register(
     "kv_store(Tensor(a!) words, Tensor x, Tensor position, str lattice, int tile, int code, int effort, str? dither=None, "
     "int seed=0, Tensor? page_table=None) -> ()",
     _kv_store_fake,
+    replay=True,
     CPU=_kv_store,
     CUDA=_kv_store_cuda,
 )
@@ -263,6 +264,7 @@ register(
     "kv_store_pair(Tensor(a!) k_words, Tensor(b!) v_words, Tensor k, Tensor v, Tensor position, str lattice, int tile, int k_code, "
     "int v_code, int effort, str? dither=None, int k_seed=0, int v_seed=0, Tensor? page_table=None) -> ()",
     _kv_store_pair_fake,
+    replay=True,
     CPU=_kv_store_pair,
     CUDA=_kv_store_pair_cuda,
 )

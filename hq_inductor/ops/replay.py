@@ -68,12 +68,14 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self, inputs: Sequence[torch.Tensor]) -> None:
         super().__init__()
-        self.inputs = {tensor.data_ptr(): i for i, tensor in enumerate(inputs)}
+        # empty ones have no address
+        addresses = [(tensor.data_ptr(), i) for i, tensor in enumerate(inputs) if tensor.data_ptr()]
+        self.inputs = dict(addresses)
         self.allocated: list[torch.Tensor] = []
         # compiled kernel, grid, arguments: of pointers where they are
         self.launches: list[tuple[object, tuple[int, ...], list]] = []
         self.kept: list[torch.Tensor] = []
-        self.fails = len(self.inputs) < len(inputs)
+        self.fails = len(self.inputs) < len(addresses)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -126,9 +128,7 @@ class _Launch:
 class Plan:
     """What calls of one kind do."""
 
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: torch.dtype
+    result: tuple[tuple[int, ...], tuple[int, ...], torch.dtype] | None  # shape, strides and dtype
     device: torch.device
     scratch: int  # bytes
     offsets: list[int]  # of what is not returned, in the scratch
@@ -136,10 +136,12 @@ class Plan:
     constants: tuple
     kept: list[torch.Tensor] = field(default_factory=list)
 
-    def run(self, pointers: list[int]) -> torch.Tensor:
+    def run(self, pointers: list[int]) -> torch.Tensor | None:
         """`pointers` of the inputs; on the current stream of the plan's device, which is the current one."""
-        out = _allocate(self.shape, self.strides, self.dtype)
-        pointers.append(out.data_ptr())
+        out = None
+        if self.result is not None:
+            out = _allocate(*self.result)
+            pointers.append(out.data_ptr())
         if self.scratch:
             scratch = _allocate((self.scratch,), (1,), torch.uint8)
             first = scratch.data_ptr()
@@ -175,19 +177,24 @@ def _triton_runtime():
     return knobs.runtime
 
 
-def _plan(recorder: _Recorder, inputs: int, out: torch.Tensor) -> Plan | None:
+def _plan(recorder: _Recorder, device: torch.device, inputs: int, out: torch.Tensor | None) -> Plan | None:
     """What was recorded, or None if it cannot be done again."""
-    returned = [i for i, tensor in enumerate(recorder.allocated) if tensor.data_ptr() == out.data_ptr() != 0]
-    if recorder.fails or not recorder.launches or len(returned) != 1:
+    if recorder.fails or not recorder.launches:
         return None
-    owner = recorder.allocated[returned[0]]
-    if not out.is_contiguous() or out.dtype != owner.dtype or out.numel() != owner.numel():
-        return None
+    returned = None
+    if out is not None:
+        owners = [i for i, tensor in enumerate(recorder.allocated) if tensor.data_ptr() == out.data_ptr() != 0]
+        if len(owners) != 1 or not out.is_contiguous():
+            return None
+        returned, owner = owners[0], recorder.allocated[owners[0]]
+        if out.dtype != owner.dtype or out.numel() != owner.numel():
+            return None
     # values of a plan: inputs, the result, other allocations, constants
-    offsets, places, size = [], {-1 - returned[0]: inputs}, 0
+    first = inputs if returned is None else inputs + 1
+    offsets, places, size = [], {} if returned is None else {-1 - returned: inputs}, 0
     for i, tensor in enumerate(recorder.allocated):
-        if i != returned[0]:
-            places[-1 - i] = inputs + 1 + len(offsets)
+        if i != returned:
+            places[-1 - i] = first + len(offsets)
             offsets.append(size)
             size += math.ceil(tensor.untyped_storage().nbytes() / _ALIGNMENT) * _ALIGNMENT
     constants: list = []
@@ -201,27 +208,28 @@ def _plan(recorder: _Recorder, inputs: int, out: torch.Tensor) -> Plan | None:
                 indices.append(places[argument.source])
             elif isinstance(argument, _Place):
                 # an address of its own in the scratch; not in the result, which is one piece
-                if argument.source == -1 - returned[0]:
+                if returned is not None and argument.source == -1 - returned:
                     return None
-                indices.append(("offset", offsets[places[argument.source] - inputs - 1] + argument.offset))
+                indices.append(("offset", offsets[places[argument.source] - first] + argument.offset))
             else:
                 indices.append(("constant", argument))
         launches.append((compiled, grid, indices))
     for _, _, indices in launches:
         for i, index in enumerate(indices):
             if isinstance(index, tuple) and index[0] == "offset":
-                indices[i] = inputs + 1 + len(offsets)
+                indices[i] = first + len(offsets)
                 offsets.append(index[1])
     for _, _, indices in launches:
         for i, index in enumerate(indices):
             if isinstance(index, tuple):
-                indices[i] = inputs + 1 + len(offsets) + len(constants)
+                indices[i] = first + len(offsets) + len(constants)
                 constants.append(index[1])
     steps = [
         _Launch(compiled.run, (*grid, 1, 1)[:3], (compiled.function, compiled.packed_metadata, None, None, None), itemgetter(*indices))
         for compiled, grid, indices in launches
     ]
-    return Plan(tuple(out.shape), out.stride(), out.dtype, out.device, size, offsets, steps, tuple(constants), recorder.kept)
+    result = None if out is None else (tuple(out.shape), out.stride(), out.dtype)
+    return Plan(result, device, size, offsets, steps, tuple(constants), recorder.kept)
 
 
 _plans: dict[tuple, Plan | int] = {}
@@ -251,8 +259,11 @@ def _kind(args: Sequence, key: list, tensors: list[torch.Tensor], pointers: list
             pointers.append(arg.data_ptr())
 
 
-def replayed(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """`function`, an op's on CUDA that gives one tensor, from plans where it can be. The device of the first argument is current."""
+def replayed(function: Callable[..., torch.Tensor | None]) -> Callable[..., torch.Tensor | None]:
+    """`function`, an op's on CUDA that gives a tensor of its own or none, from plans where it can be.
+
+    The device of the first argument is the current one.
+    """
 
     def call(*args):
         key: list = [function, args[0].device]
@@ -263,8 +274,7 @@ def replayed(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tenso
         plan = _plans.get(kind, 0)
         aligned = 0
         for pointer in pointers:
-            # an empty tensor has no address
-            aligned |= pointer & 15 if pointer else 15
+            aligned |= pointer & 15
         if aligned or _observed():
             return function(*args)
         if plan.__class__ is Plan:
@@ -278,10 +288,11 @@ def replayed(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tenso
                 out = function(*args)
         finally:
             _recording.recorder = None
-        if len(set(pointers)) == len(pointers):
+        addresses = [pointer for pointer in pointers if pointer]
+        if len(set(addresses)) == len(addresses):
             if len(_plans) >= MOST_PLANS:
                 _plans.clear()
-            _plans[kind] = _plan(noted, len(tensors), out) or plan + 1
+            _plans[kind] = _plan(noted, args[0].device, len(tensors), out) or plan + 1
         return out
 
     return call

@@ -166,6 +166,23 @@ def test_inputs_at_one_address_are_not_recorded_but_served(kernel):
     assert kernel.replayed == 2
 
 
+def test_calls_that_return_nothing(kernel):
+    """They write to an input; another one is empty, and so is part of the scratch."""
+
+    def function(x, y, empty, target):
+        half = torch.empty(8)
+        launch(kernel, x, y, half, 2)
+        launch(kernel, half, y, target, 1)
+        assert empty.numel() == 0 and torch.empty(0).data_ptr() == 0
+
+    call = replay.replayed(function)
+    for i in range(3):
+        x, y, target = random(8), random(8), random(8)
+        assert call(x, y, torch.empty(0), target) is None
+        torch.testing.assert_close(target, 2 * x + 2 * y)
+        assert kernel.replayed == 2 * i
+
+
 def test_unaligned_inputs_run_as_ever(kernel):
     def function(x, y):
         out = torch.empty(8)
