@@ -28,7 +28,8 @@ from hq_inductor.ops.kernels.shared import row_bytes
 from hq_inductor.ops.launch import (
     CLUSTER_SHARE,
     REGISTERS,
-    RING_REGISTERS,
+    RING_COLUMNS,
+    RING_KINDS,
     TIGHT_REGISTERS,
     WARP_ROWS,
     LinearLaunch,
@@ -145,15 +146,20 @@ def launches_to_try(shape: Shape, batch: int, processors: int, ring: bool) -> li
         counts = {min(strips, max(fewest, slots * waves)) for waves in (1, 2, 3, 4)}
         launches += [LinearLaunch(columns, blocks, warps, registers) for blocks in sorted(counts)]
     if ring:
-        columns = next((c for c in RING_REGISTERS if batch <= c), max(RING_REGISTERS))
+        columns = next((c for c in RING_COLUMNS if batch <= c), max(RING_COLUMNS))
+        kinds = [kind.registers for kind in RING_KINDS if kind.columns == columns]
         splits = sorted({1, 2, 3, 4, max(1, shape.tiles // 4), max(1, shape.tiles // 2), shape.tiles} & set(range(1, shape.tiles + 1)))
         ways = [(parts, False) for parts in splits] + [(parts, True) for parts in CLUSTER_SHARE if 1 < parts <= shape.tiles]
         launches += [
-            RingLaunch(columns, parts, n, RING_REGISTERS[columns], cluster) for parts, cluster in ways for n in (4, 8) if n <= warps
+            RingLaunch(columns, parts, n, registers, cluster)
+            for registers in kinds
+            for parts, cluster in ways
+            for n in (4, 8)
+            if n <= warps
         ]
         if warps == 8:
             shared = [parts for parts in CLUSTER_SHARE if 2 * parts <= shape.tiles]
-            launches += [RingLaunch(columns, parts, 8, RING_REGISTERS[columns], parts > 1, sharing=2) for parts in shared]
+            launches += [RingLaunch(columns, parts, 8, registers, parts > 1, sharing=2) for registers in kinds for parts in shared]
     return list(dict.fromkeys(launches))
 
 

@@ -103,7 +103,8 @@ def _round_mxfp4(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Elements `[M, K / 32, 32]`, and exponents of blocks `[M, K / 32]`, int32 with a bias of 127."""
     blocks = x.to(torch.float32).unflatten(-1, (-1, 32))
     largest = blocks.abs().amax(-1).clamp(min=_SMALLEST)
-    exponent = (torch.floor(torch.log2(largest)) - 2).clamp(min=-126).to(torch.int32) + 127
+    # of a block that is not finite the specification's NaN, 255, of which the fp32 of the same bits is infinity
+    exponent = (torch.floor(torch.log2(largest)) - 2).nan_to_num(128, 128).clamp(min=-126).to(torch.int32) + 127
     return round_e2m1(blocks / (exponent << 23).view(torch.float32)[..., None]), exponent
 
 

@@ -284,7 +284,7 @@ def _ring_arguments(
     launch: RingLaunch, layout: TileLayout, stream_bytes: int, counts: list[int], out: torch.Tensor, residual: torch.Tensor | None
 ) -> dict:
     """Compile-time arguments of a ring."""
-    blocks = max(1, ring_warps(launch.columns) // launch.num_warps)
+    blocks = max(1, ring_warps(launch.registers) // launch.num_warps)
     stageable = out.is_cuda and stages_tiles(layout)
     steps, stages, staged, kilobytes = ring_shape(
         launch.columns, launch.num_warps, blocks, layout.words, stream_bytes, stageable, launch.fp8, launch.sharing

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -17,21 +18,45 @@ RING_BATCH = 256
 LIBRARY_BATCH = 2048
 # batch columns per block, and the most registers per thread, for two blocks of 8 warps on a multiprocessor
 REGISTERS = {8: 128, 16: 128, 32: 128}
-# the same with a ring; left alone the compiler takes 180 and 230, which a multiprocessor has for 8 warps
-RING_REGISTERS = {64: 128, 96: 0, 128: 0}
-# the same for e4m3, whose sums take one register each
-FP8_REGISTERS = {16: 128, 32: 128, 64: 128, 128: 0, 256: 0}
+# with a ring: the most registers with which a multiprocessor holds 16 warps; left alone the compiler takes 180 to 230, for 8
+DENSE_REGISTERS = 128
+
+
+class RingKind(NamedTuple):
+    """A kernel with a ring, by columns and registers, and what a tile takes, in microseconds on an H100 whose multiprocessors have all the
+    warps that they hold: `tile`, and `shared` where groups of warps share rows. None: it has been seen to take twice as long."""
+
+    columns: int
+    registers: int
+    tile: float | None
+    shared: float
+
+
+RING_KINDS = (
+    RingKind(64, DENSE_REGISTERS, 6.0, 6.9),
+    RingKind(64, 0, 3.1, 3.25),
+    RingKind(96, 0, 3.9, 3.97),
+    RingKind(128, 0, 3.9, 3.97),
+)
+RING_COLUMNS = tuple(sorted({kind.columns for kind in RING_KINDS}))
+# of e4m3, whose sums take one register each; fewer columns than needed and up to so many may be left empty
+SPARE_COLUMNS = 32
+FP8_KINDS = (
+    RingKind(16, DENSE_REGISTERS, 7.6, 7.8),
+    RingKind(32, DENSE_REGISTERS, 8.0, 8.0),
+    RingKind(32, 0, None, 3.9),
+    RingKind(64, DENSE_REGISTERS, 8.0, 8.7),
+    RingKind(64, 0, 3.9, 4.0),
+    RingKind(128, 0, 4.5, 4.59),
+    RingKind(256, 0, 5.3, 5.72),
+)
 # blocks of a cluster, and the share of a device's slots that clusters of so many find room in (H200: 264 of 264, 248, 240)
 CLUSTER_SHARE = {1: 1.0, 2: 1.0, 4: 0.94, 8: 0.91}
-# of the kernel with a ring, in microseconds on an H200 or H100: a tile, by columns, where a multiprocessor has all the warps it holds; the
-# share of that which is saved where it has few; how much longer a tile takes where groups of warps share rows, whose chunks are shorter; a
-# block's start and end; parts that meet in global memory, with up to so many columns; each block that another one of its cluster meets
-RING_TILE = {64: 6.0, 96: 3.9, 128: 3.9}
-FP8_TILE = {16: 5.0, 32: 5.2, 64: 6.0, 128: 4.5, 256: 5.3}
-IDLE_SHARE, SHARED_TILE = 0.2, {64: 1.08, 128: 1.02, 256: 1.08}
+# of the kernel with a ring, in microseconds: the share of a tile's time that is saved where a multiprocessor has few warps; a block's start
+# and end; parts that meet in global memory, with up to so many columns; each block that another one of its cluster meets
+IDLE_SHARE, RING_START, MEMORY_MEETING, CLUSTER_MEETING = 0.2, 5.0, {128: 6.0, 256: 13.0}, 0.2
 # the same of the linear kernel with 32 columns, and blocks of them that it may take in place of a ring
-LINEAR_TILE, LINEAR_START, LINEAR_BLOCKS = 5.1, 3.0, 2
-RING_START, MEMORY_MEETING, CLUSTER_MEETING = 5.0, {128: 6.0, 256: 13.0}, 0.2
+LINEAR_TILE, LINEAR_START, LINEAR_BLOCKS = 5.1, 4.0, 2
 # registers for three blocks
 TIGHT_REGISTERS = 80
 # coefficients of a row that a thread has in registers, and the most warps that have so many
@@ -160,8 +185,8 @@ def fp8_products(device: torch.device) -> bool:
 
 @functools.lru_cache(maxsize=32)
 def block_scaled_products(device: torch.device) -> bool:
-    """Whether the device multiplies 4-bit floats with a scale per block (sm_100 and later)."""
-    return _hopper_or_newer(device) and torch.cuda.get_device_capability(device) >= (10, 0)
+    """Whether the device multiplies 4-bit floats with a scale per block, and Triton compiles that: sm_100, 103 and 120, by all versions."""
+    return _hopper_or_newer(device) and torch.cuda.get_device_capability(device) in ((10, 0), (10, 3), (12, 0))
 
 
 def decode_warps(row_bytes: int) -> int:
@@ -224,12 +249,24 @@ def linear_launch(batch: int, rows: int, tiles: int, processors: int, row_bytes:
 
 def _ring_launch(batch: int, rows: int, tiles: int, processors: int, row_bytes: int, fp8: bool) -> tuple[RingLaunch, float]:
     """The launch that takes the least time by what its tiles, starts and meetings take, and that."""
-    registers, tile_times = (FP8_REGISTERS, FP8_TILE) if fp8 else (RING_REGISTERS, RING_TILE)
-    columns = next((c for c in registers if batch <= c), max(registers))
+    kinds = FP8_KINDS if fp8 else RING_KINDS
+    enough = min(kind.columns for kind in kinds if kind.columns >= min(batch, kinds[-1].columns))
     most_warps = decode_warps(row_bytes)
+    options = []
+    for kind in kinds:
+        if enough <= kind.columns <= max(enough, SPARE_COLUMNS):
+            options += _ring_options(kind, -(-batch // kind.columns), rows, tiles, processors, most_warps, fp8)
+    return min(options, key=lambda option: option[1])
+
+
+def _ring_options(
+    kind: RingKind, column_blocks: int, rows: int, tiles: int, processors: int, most_warps: int, fp8: bool
+) -> list[tuple[RingLaunch, float]]:
+    """Launches of a kind, with the time that each takes."""
+    columns, held = kind.columns, ring_warps(kind.registers)
     # small blocks find places more evenly
-    num_warps, in_clusters = (most_warps, 4) if columns <= 64 else (most_warps, most_warps) if columns == 256 else (4, 4)
-    held, column_blocks = ring_warps(columns), -(-batch // columns)
+    num_warps = most_warps if columns <= 64 or columns == 256 else 4
+    in_clusters = 4 if held == 16 else num_warps
 
     def panels(warps: int, sharing: int) -> int:
         return -(-rows * sharing // (WARP_ROWS * warps)) * column_blocks
@@ -239,20 +276,21 @@ def _ring_launch(batch: int, rows: int, tiles: int, processors: int, row_bytes: 
         slots = processors * max(1, held // launch.num_warps)
         rounds = -(-blocks // max(1, int(slots * (CLUSTER_SHARE[launch.splits] if launch.cluster else 1))))
         busy = min(1.0, launch.num_warps * -(-blocks // processors) / held)
-        tile = tile_times[columns] * (1 - IDLE_SHARE * (1 - busy)) * (_up_to(SHARED_TILE, columns) if launch.sharing > 1 else 1)
+        tile = (kind.shared if launch.sharing > 1 else kind.tile) * (1 - IDLE_SHARE * (1 - busy))
         meeting = CLUSTER_MEETING * launch.splits if launch.cluster else _up_to(MEMORY_MEETING, columns) if launch.splits > 1 else 0.0
         return rounds * (RING_START + -(-tiles // (launch.splits * launch.sharing)) * tile) + meeting
 
     def launch(splits: int, warps: int, cluster: bool = False, sharing: int = 1) -> RingLaunch:
-        return RingLaunch(columns, splits, warps, registers[columns], cluster, fp8, sharing)
+        return RingLaunch(columns, splits, warps, kind.registers, cluster, fp8, sharing)
 
-    slots = processors * max(1, held // num_warps)
-    options = [launch(1, num_warps), launch(even_parts(tiles, slots // panels(num_warps, 1)), num_warps)]
-    options += [launch(parts, in_clusters, True) for parts in (2, 4, 8) if parts <= tiles]
+    options = []
+    if kind.tile is not None:
+        slots = processors * max(1, held // num_warps)
+        options += [launch(1, num_warps), launch(even_parts(tiles, slots // panels(num_warps, 1)), num_warps)]
+        options += [launch(parts, in_clusters, True) for parts in (2, 4, 8) if parts <= tiles]
     if most_warps == 8:
         options += [launch(parts, 8, parts > 1, 2) for parts in (1, 2) if 2 * parts <= tiles]
-    found = min(options, key=time)
-    return found, time(found)
+    return [(option, time(option)) for option in options]
 
 
 def _up_to(values: dict[int, float], columns: int) -> float:
@@ -304,6 +342,6 @@ def many_coefficients(batch: int, features: int) -> bool:
     return batch > FUSED_BATCH and batch * features >= MANY_COEFFICIENTS
 
 
-def ring_warps(columns: int) -> int:
-    """Warps that a multiprocessor holds of a kernel with a ring, for their registers."""
-    return 16 if columns <= 64 else 8
+def ring_warps(registers: int) -> int:
+    """Warps that a multiprocessor holds of a kernel with a ring whose threads have so many registers, 0 for what they like."""
+    return 16 if 0 < registers <= DENSE_REGISTERS else 8

@@ -23,7 +23,7 @@ import torch
 
 from .kernels.linear import most_strips
 from .kernels.warpgroup import ring_shape
-from .launch import REGISTERS, RING_REGISTERS, WARP_ROWS, LinearLaunch, RingLaunch, decode_warps, ring_products, ring_warps
+from .launch import REGISTERS, RING_COLUMNS, WARP_ROWS, LinearLaunch, RingLaunch, decode_warps, ring_products, ring_warps
 from .replay import forget_plans
 
 FORMAT = 1
@@ -48,7 +48,7 @@ class Shape(NamedTuple):
 
 def batch_class(batch: int, ring: bool) -> int | None:
     """Largest batch that is launched as this one is, or None for one that takes several blocks of columns; `ring`: may be one."""
-    return next((columns for columns in (*REGISTERS, *(RING_REGISTERS if ring else ())) if batch <= columns), None)
+    return next((columns for columns in (*REGISTERS, *(RING_COLUMNS if ring else ())) if batch <= columns), None)
 
 
 def table_name(device_name: str) -> str:
@@ -179,7 +179,7 @@ def check_launch(shape: Shape, launch: LinearLaunch | RingLaunch, ring: bool) ->
         if parts > shape.tiles:
             raise ValueError(f"splits times sharing must be at most the {shape.tiles} tiles, got {parts}")
         # tiles are staged only where there is room; without them is what must fit
-        blocks = max(1, ring_warps(launch.columns) // launch.num_warps)
+        blocks = max(1, ring_warps(launch.registers) // launch.num_warps)
         ring_shape(launch.columns, launch.num_warps, blocks, 0, shape.row_bytes, False, launch.fp8, launch.sharing)
         return
     most, strips = most_strips(launch.columns, launch.num_warps, shape.row_bytes), -(-shape.rows // WARP_ROWS)

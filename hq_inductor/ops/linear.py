@@ -9,7 +9,7 @@ Choice.      On a CPU the operands of `"auto"` and `"bf16"` are not rounded (fp3
              (`hq_inductor.ops.kernels.ring_matmul` on sm_90). `"auto"` is `"int8"` for half-precision activations, elsewhere than on sm_90
              below `LIBRARY_BATCH` only, else `"bf16"`: the weight decoded to the activations' dtype for a library product. `"fp8"` is the
              fused kernel on sm_90 for half-precision batches up to `RING_BATCH`, and else decodes to e4m3 for a library product. nvfp4 and
-             mxfp4 are decoded, quantized and multiplied as what they are on sm_100 and later (`hq_inductor.ops.fused_fp4`; compiled for
+             mxfp4 are decoded, quantized and multiplied as what they are on sm_100, 103 and 120 (`hq_inductor.ops.fused_fp4`; compiled for
              these, never run there), and emulated elsewhere: rounded as the formats round, multiplied in the activations' dtype.
 Gradients.   For `x` and `bias`; the weight is frozen. Backward decodes again instead of saving a dequantized weight.
              `torch.library.register_autograd` runs a layer of Python on every call, gradients or not, for 6 of

@@ -76,7 +76,7 @@ def real_values(matrix: Fp4) -> torch.Tensor:
     """By a table of all codes, in fp64."""
     table = torch.cat((E2M1, -E2M1)).double()
     elements = torch.stack((table[(matrix.codes & 15).long()], table[(matrix.codes >> 4).long()]), -1).flatten(-2)
-    scale = matrix.scale.double() * matrix.factor.double() if matrix.block == 16 else torch.exp2(matrix.scale.double() - 127)
+    scale = (matrix.scale.float() * matrix.factor).double() if matrix.block == 16 else torch.exp2(matrix.scale.double() - 127)
     return elements * scale.repeat_interleave(matrix.block, -1)
 
 
@@ -87,7 +87,17 @@ def test_bits_are_those_of_the_rounded_values(quantize, blocks, size):
     x[2] = 0
     matrix = quantize(x)
     assert matrix.codes.dtype == torch.uint8 and matrix.codes.shape == (7, 128) and matrix.scale.shape == (7, 256 // matrix.block)
-    torch.testing.assert_close(real_values(matrix).float(), blocks(x), rtol=2e-7, atol=0)
+    assert torch.equal(real_values(matrix).float(), blocks(x))
+
+
+@pytest.mark.parametrize("wrong", [torch.inf, -torch.inf, torch.nan])
+def test_what_is_not_finite_stays_so(wrong):
+    """All of its block; of an nvfp4 matrix, whose scale is of all."""
+    x = torch.randn(3, 64)
+    x[1, 40] = wrong
+    assert mxfp4_blocks(x).isfinite().logical_not().nonzero().tolist() == [[1, i] for i in range(32, 64)]
+    assert quantize_mxfp4(x).scale[1, 1] == 255
+    assert not nvfp4_blocks(x).isfinite().any()
 
 
 def test_exact_formats_leave_operands_alone():

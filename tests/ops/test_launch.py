@@ -22,6 +22,7 @@ from hq_inductor.ops.kernels.shared import OVERRUN, SHARED_BYTES, TABLE_BYTES, b
 from hq_inductor.ops.kernels.warpgroup import ring_shape
 from hq_inductor.ops.launch import (
     CLUSTER_SHARE,
+    DENSE_REGISTERS,
     FUSED_BATCH,
     MANY_COEFFICIENTS,
     RING_BATCH,
@@ -61,7 +62,7 @@ def test_rings_have_room(rows):
                 continue
             assert launch.fp8 == fp8
             assert (batch <= launch.columns or launch.columns == 128) and 1 <= launch.splits <= 8
-            blocks, sharing = ring_warps(launch.columns) // launch.num_warps, launch.sharing
+            blocks, sharing = ring_warps(launch.registers) // launch.num_warps, launch.sharing
             steps, stages, staged, kilobytes = ring_shape(
                 launch.columns, launch.num_warps, blocks, layout.words, stream, stages_tiles(layout), launch.fp8, sharing
             )
@@ -147,14 +148,30 @@ def test_parts_of_a_ring():
         launch = linear_launch(batch, rows, columns // 512, 132, 64, True)
         return launch.splits, launch.cluster, launch.sharing
 
+    assert linear_launch(64, 1024, 8, 132, 64, True) == LinearLaunch(32, 64, 8, 128)
+    assert parts(4096, 4096) == parts(4096, 14336) == parts(4096, 4096, 128) == (2, True, 2)
     assert parts(6144, 4096) == (4, True, 1)
-    assert linear_launch(64, 4096, 8, 132, 64, True) == LinearLaunch(32, 132, 8, 128)
     assert parts(14336, 4096) == (2, True, 1)
-    assert parts(8192, 8192) == parts(4096, 4096, 128) == (2, True, 2)
     assert parts(6144, 4096, 128) == (1, False, 2)
-    # 32 clusters of 8 blocks would need every slot there is
-    assert parts(4096, 14336) == (7, False, 1)
+    # two blocks of columns are work for all multiprocessors
+    assert parts(4096, 14336, 256) == (2, True, 1)
     assert parts(28672, 8192) == parts(14336, 4096, 128) == (1, False, 1)
+
+
+def test_registers_of_a_ring():
+    """Sixteen warps on a multiprocessor where there is work for all, eight with all the registers they like where there is not; blocks of
+    32 columns rather than 16 for e4m3 then."""
+
+    def registers(rows, columns, batch=64):
+        return linear_launch(batch, rows, columns // 512, 132, 64, True).registers
+
+    assert registers(14336, 4096) == registers(28672, 8192) == registers(6144, 4096) == DENSE_REGISTERS
+    assert registers(4096, 4096) == registers(4096, 14336) == registers(8192, 28672) == registers(14336, 4096, 128) == 0
+    assert fp8_launch(8, 4096, 8, 132, 64).columns == 32
+    assert fp8_launch(8, 28672, 8, 132, 64).columns == 16
+
+
+def test_launches_of_a_ring_fit():
     for tiles, rows, processors, batch in itertools.product((1, 2, 7, 28), (16, 200, 4096), (1, 16, 132), (33, 100, 256)):
         launch = linear_launch(batch, rows, tiles, processors, 64, True)
         if isinstance(launch, LinearLaunch):

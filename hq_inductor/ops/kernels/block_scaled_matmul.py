@@ -1,10 +1,10 @@
-"""Products of 4-bit floats with a scale per block (nvfp4, mxfp4), by the instructions for them: sm_100 and later.
+"""Products of 4-bit floats with a scale per block (nvfp4, mxfp4), by the instructions for them, from sm_100 up.
 
 Definition.  `out[m, n] = bias[n] + factor_x * factor_w * sum_k a[m, k] * w[n, k]`, a and w e2m1 times the scale of their block, sums in
              fp32.
 Storage.     Two e2m1 in a byte, the one with the even index in the low half (`hq_inductor.format.mma.pack_e2m1`).
 Work.        A block computes BLOCK_M x BLOCK_N outputs. Triton brings operands and scales to where the tensor cores want them; elsewhere it
-             emulates mxfp4 with bf16, which tests make use of, and does not compile nvfp4.
+             emulates mxfp4 with bf16, which tests make use of, and does not compile nvfp4. With blocks of 64 rows nvfp4 is emulated, too.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ def block_scaled_matmul_kernel(
         b_scale = tl.load(b_scale_ptr + i * (BLOCK_K // GROUP))
         sums = _multiply(sums, a, a_scale, b, b_scale, GROUP)
     if FACTORS:
-        sums = sums * (tl.load(factor_x_ptr) * tl.load(factor_w_ptr))
+        # one after the other: their product may be too small
+        sums = sums * tl.load(factor_w_ptr) * tl.load(factor_x_ptr)
     inside = (m < M)[:, None] & (n < N)[None, :]
     if HAS_BIAS:
         sums += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]

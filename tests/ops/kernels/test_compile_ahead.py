@@ -151,7 +151,7 @@ def test_linear_with_a_ring(lattice, bps, columns, rows, fp8, tmp_path):
     stream = constants["ROW_BYTES"]
     launch = fp8_launch(columns, rows, 8, 132, stream) if fp8 else linear_launch(columns, rows, 8, 132, stream, True)
     assert isinstance(launch, RingLaunch) and launch.columns == columns
-    blocks = ring_warps(columns) // launch.num_warps
+    blocks = ring_warps(launch.registers) // launch.num_warps
     shape = ring_shape(columns, launch.num_warps, blocks, layout.words, stream, stages_tiles(layout), fp8, launch.sharing)
     steps, stages, staged, kilobytes = shape
     parts = launch.splits if launch.cluster else 1
