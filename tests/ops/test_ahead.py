@@ -88,7 +88,7 @@ def arguments(batch, mma="auto"):
     ("batch", "mma", "kernels"),
     [
         (1, "auto", ["rotate_quantize_kernel", "linear_kernel"]),
-        (64, "auto", ["rotate_quantize_kernel", "linear_kernel"]),
+        (64, "auto", ["rotate_quantize_kernel", "ring_linear_kernel"]),
         (100, "auto", ["rotate_quantize_kernel", "ring_linear_kernel"]),
         (512, "auto", ["rotate_quantize_kernel", "decode_kernel", "ring_matmul_kernel"]),
         (4096, "int8", ["rotate_row_kernel", "decode_kernel", "ring_matmul_kernel"]),
