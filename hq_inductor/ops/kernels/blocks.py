@@ -13,7 +13,7 @@ import triton.language as tl
 from .bits import INTERPRETED, shift_right
 from .memory import load_16, load_16_float, load_global, store_16, store_global
 from .shared import ROW_GAP, commit_copies, copy_async, load_shared_16
-from .warp import largest_of_quad
+from .warp import largest_of_quad, pack_halves
 
 if INTERPRETED:
 
@@ -60,8 +60,29 @@ def _scale_of(code):
 
 
 @triton.jit
+def _power_of_two(x):
+    """The least one that is no less than a positive `x`."""
+    return ((x.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@triton.constexpr_function
+def exact_factors(LATTICE, LARGEST):
+    """Whether -1152 times a tile's scale, divided as `row_divisors` has it, is exact in fp16: 11 bits, and in range."""
+    return LATTICE != "a2" and LARGEST * 65504 >= 1152 * 448
+
+
+@triton.jit
+def e4m3_factors(scale, LATTICE: tl.constexpr):
+    """What `codes_to_e4m3` takes: a tile's scale for even and odd places, and -1152 times as much."""
+    even: tl.constexpr = 1.7320508075688772 if LATTICE == "a2" else 1.0
+    return pack_halves(scale * even, scale, tl.float16), pack_halves(scale * (-1152.0 * even), scale * -1152.0, tl.float16)
+
+
+@triton.jit
 def row_divisors(words_ptr, strip, r, j, N, tiles, WORDS: tl.constexpr, RAW: tl.constexpr, LARGEST: tl.constexpr):
-    """Of rows r and r + 8 of a strip, what brings the largest value that their tiles can hold to the largest of e4m3.
+    """Of rows r and r + 8 of a strip, the power of two that brings the largest value that their tiles can hold to the range of e4m3.
+
+    By a power of two: a scale has 7 bits then as before, which makes its products exact, and e4m3 loses nothing to half the range.
 
     From the headers of the tiles, of which the four threads of a row share the work. All loads of a round are under way together.
     """
@@ -78,7 +99,7 @@ def row_divisors(words_ptr, strip, r, j, N, tiles, WORDS: tl.constexpr, RAW: tl.
             largest_u = tl.maximum(largest_u, shift_right(headers_u[i], 20))
             largest_v = tl.maximum(largest_v, shift_right(headers_v[i], 20))
     share: tl.constexpr = LARGEST / 448.0
-    return _scale_of(largest_of_quad(largest_u)) * share, _scale_of(largest_of_quad(largest_v)) * share
+    return _power_of_two(_scale_of(largest_of_quad(largest_u)) * share), _power_of_two(_scale_of(largest_of_quad(largest_v)) * share)
 
 
 @triton.jit

@@ -15,11 +15,11 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .bits import INTERPRETED
-from .blocks import first_unit, load_chunks, row_divisors, stage_stream, tile_offset
+from .blocks import e4m3_factors, exact_factors, first_unit, load_chunks, row_divisors, stage_stream, tile_offset
 from .memory import store_global
 from .shared import ROW_GAP, TABLE_BYTES, declare_shared, load_table, wait_copies
-from .tile import decode_vector, first_cursor, first_window, header_word, load_raw, next_quads, read_header, restore_signs
-from .warp import codes_to_e4m3, pack_halves
+from .tile import decode_vector, decode_vector_e8, first_cursor, first_window, header_word, load_raw, next_quads, read_header, restore_signs
+from .warp import codes_to_e4m3
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -83,7 +83,7 @@ if INTERPRETED:
         return word
 
     @triton.jit
-    def _four_values(codes, even, odd, LATTICE: tl.constexpr, DTYPE: tl.constexpr):
+    def _four_values(codes, even, odd, LATTICE: tl.constexpr, DTYPE: tl.constexpr, BIASED: tl.constexpr, EXACT: tl.constexpr):
         words = ()
         COUNT: tl.constexpr = 32 // DTYPE.primitive_bitwidth
         for first in tl.static_range(0, 4, COUNT):
@@ -120,10 +120,14 @@ else:
         )
 
     @triton.jit
-    def _four_values(codes, even, odd, LATTICE: tl.constexpr, DTYPE: tl.constexpr):
-        """Values of four codes as bits of the words they take; `even` and `odd` are the scales of even and odd places."""
+    def _four_values(codes, even, odd, LATTICE: tl.constexpr, DTYPE: tl.constexpr, BIASED: tl.constexpr, EXACT: tl.constexpr):
+        """Values of four codes as bits of the words they take; `even` and `odd` are the scales of even and odd places.
+
+        BIASED, EXACT: of `codes_to_e4m3`.
+        """
         if DTYPE.primitive_bitwidth == 8:
-            return (codes_to_e4m3(codes, pack_halves(even, odd, tl.float16)),)
+            factors = e4m3_factors(odd, LATTICE)
+            return (codes_to_e4m3(codes, factors[0], factors[1], BIASED, EXACT),)
         else:
             f0, f1, f2, f3 = _four_floats(codes, even, odd)
             if DTYPE == tl.float32:
@@ -142,7 +146,19 @@ else:
 
 
 @triton.jit
-def _store_vector(out_ptr, low, high, even, odd, mask, LATTICE: tl.constexpr, CODES: tl.constexpr, BLOCKED: tl.constexpr):
+def _store_vector(
+    out_ptr,
+    low,
+    high,
+    even,
+    odd,
+    mask,
+    LATTICE: tl.constexpr,
+    CODES: tl.constexpr,
+    BLOCKED: tl.constexpr,
+    BIASED: tl.constexpr,
+    EXACT: tl.constexpr,
+):
     """Store the eight coefficients of a vector."""
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     if BLOCKED:
@@ -153,8 +169,8 @@ def _store_vector(out_ptr, low, high, even, odd, mask, LATTICE: tl.constexpr, CO
     elif CODES:
         _store_8(out_ptr, low, high, mask)
     else:
-        first = _four_values(low, even, odd, LATTICE, dtype)
-        second = _four_values(high, even, odd, LATTICE, dtype)
+        first = _four_values(low, even, odd, LATTICE, dtype, BIASED, EXACT)
+        second = _four_values(high, even, odd, LATTICE, dtype, BIASED, EXACT)
         if dtype.primitive_bitwidth == 8:
             _store_8(out_ptr, first[0], second[0], mask)
         elif dtype.primitive_bitwidth == 16:
@@ -183,8 +199,10 @@ def _decode_group(
     ROW_BYTES: tl.constexpr,
     CODES: tl.constexpr,
     BLOCKED: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """Decode a group of both rows and store it."""
+    BIASED: tl.constexpr = LATTICE == "e8" and outs[0].dtype.element_ty == tl.float8e4nv and not _INTERPRETED
     STEP: tl.constexpr = 2048 if BLOCKED else 32
     window_u, window_v = windows
     stream_u, stream_v = streams
@@ -194,10 +212,14 @@ def _decode_group(
     for v in tl.static_range(4):
         e0, e1, window_u = next_quads(window_u, odd, stream_u, table_ptr, table_address, LENGTH_PLACE, STREAM, ROW_BYTES)
         f0, f1, window_v = next_quads(window_v, odd, stream_v, table_ptr, table_address, LENGTH_PLACE, STREAM, ROW_BYTES)
-        a0, a1 = decode_vector(e0, e1, v, signs_u, raw_u, K, SHIFT, LATTICE)
-        b0, b1 = decode_vector(f0, f1, v, signs_v, raw_v, K, SHIFT, LATTICE)
-        _store_vector(out_u + place + v * STEP, a0, a1, even_u, odd_u, mask_u, LATTICE, CODES, BLOCKED)
-        _store_vector(out_v + place + v * STEP, b0, b1, even_v, odd_v, mask_v, LATTICE, CODES, BLOCKED)
+        if BIASED:
+            a0, a1 = decode_vector_e8(e0, e1, v, signs_u, raw_u, K, SHIFT, True)
+            b0, b1 = decode_vector_e8(f0, f1, v, signs_v, raw_v, K, SHIFT, True)
+        else:
+            a0, a1 = decode_vector(e0, e1, v, signs_u, raw_u, K, SHIFT, LATTICE)
+            b0, b1 = decode_vector(f0, f1, v, signs_v, raw_v, K, SHIFT, LATTICE)
+        _store_vector(out_u + place + v * STEP, a0, a1, even_u, odd_u, mask_u, LATTICE, CODES, BLOCKED, BIASED, EXACT)
+        _store_vector(out_v + place + v * STEP, b0, b1, even_v, odd_v, mask_v, LATTICE, CODES, BLOCKED, BIASED, EXACT)
     return window_u, window_v
 
 
@@ -269,6 +291,7 @@ def decode_kernel(
     if not _INTERPRETED:
         wait_copies(lane)
         tl.debug_barrier()
+    EXACT: tl.constexpr = exact_factors(LATTICE, LARGEST) and ROW_SCALE
     bits_u = thread * 0
     bits_v = bits_u
     divisor_u = tl.full([32 * NUM_WARPS], 1.0, tl.float32)
@@ -360,6 +383,7 @@ def decode_kernel(
                     ROW_BYTES,
                     CODES,
                     BLOCKED,
+                    EXACT,
                 )
         else:
             for g in range(GROUPS):
@@ -386,6 +410,7 @@ def decode_kernel(
                     ROW_BYTES,
                     CODES,
                     BLOCKED,
+                    EXACT,
                 )
         t = next_t
         panel = next_panel

@@ -24,6 +24,8 @@ from .block_memory import BLOCK_MEMORY, open_block, whole_memory_jit
 from .blocks import (
     add_tile,
     count_panels,
+    e4m3_factors,
+    exact_factors,
     load_chunks,
     load_staged_chunks,
     meet_in_memory,
@@ -39,8 +41,8 @@ from .blocks import (
 from .memory import load_global
 from .ring_output import cluster_rank, meet_and_store
 from .shared import ROW_GAP, TABLE_BYTES, commit_copies, load_shared_floats, load_table, shared_base, wait_copies
-from .tile import decode_vector, first_cursor, first_window, header_word, load_raw, next_quads, read_header, restore_signs
-from .warp import codes_to_e4m3, own_warp, pack_halves
+from .tile import decode_vector, decode_vector_e8, first_cursor, first_window, header_word, load_raw, next_quads, read_header, restore_signs
+from .warp import codes_to_e4m3, own_warp
 from .warpgroup import fill, next_products, open_ring, products_wait
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -67,6 +69,7 @@ def _multiply_group(
     ROW_BYTES: tl.constexpr,
     BLOCKS: tl.constexpr,
     FP8: tl.constexpr,
+    EXACT: tl.constexpr,
     NUM_WARPS: tl.constexpr,
     STEPS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -75,19 +78,24 @@ def _multiply_group(
 
     `place` and `source` of `next_products`; `factors` of both rows bring codes to e4m3 if FP8.
     """
+    BIASED: tl.constexpr = FP8 and LATTICE == "e8"
     window_u, window_v = windows
     signs_u = restore_signs(raw_u, K, LATTICE)
     signs_v = restore_signs(raw_v, K, LATTICE)
     for v in tl.static_range(4):
         e0, e1, window_u = next_quads(window_u, odd, streams[0], table_ptr, table_address, LENGTH_PLACE, STREAM, ROW_BYTES)
         f0, f1, window_v = next_quads(window_v, odd, streams[1], table_ptr, table_address, LENGTH_PLACE, STREAM, ROW_BYTES)
-        a0, a2 = decode_vector(e0, e1, v, signs_u, raw_u, K, SHIFT, LATTICE)
-        a1, a3 = decode_vector(f0, f1, v, signs_v, raw_v, K, SHIFT, LATTICE)
+        if BIASED:
+            a0, a2 = decode_vector_e8(e0, e1, v, signs_u, raw_u, K, SHIFT, True)
+            a1, a3 = decode_vector_e8(f0, f1, v, signs_v, raw_v, K, SHIFT, True)
+        else:
+            a0, a2 = decode_vector(e0, e1, v, signs_u, raw_u, K, SHIFT, LATTICE)
+            a1, a3 = decode_vector(f0, f1, v, signs_v, raw_v, K, SHIFT, LATTICE)
         if FP8:
-            a0 = codes_to_e4m3(a0, factors[0])
-            a1 = codes_to_e4m3(a1, factors[1])
-            a2 = codes_to_e4m3(a2, factors[0])
-            a3 = codes_to_e4m3(a3, factors[1])
+            a0 = codes_to_e4m3(a0, factors[0], factors[1], BIASED, EXACT)
+            a1 = codes_to_e4m3(a1, factors[2], factors[3], BIASED, EXACT)
+            a2 = codes_to_e4m3(a2, factors[0], factors[1], BIASED, EXACT)
+            a3 = codes_to_e4m3(a3, factors[2], factors[3], BIASED, EXACT)
         sums, place = next_products(sums, a0, a1, a2, a3, place, source, v % STEPS, 8 * BLOCKS, STEPS, STAGES, FP8, NUM_WARPS)
     return sums, (window_u, window_v), place
 
@@ -235,9 +243,10 @@ def _ring_block(
     bits_u = thread * 0
     bits_v = bits_u
 
+    EXACT: tl.constexpr = exact_factors(LATTICE, LARGEST)
     # sums of all tiles
     totals = zeros_of(thread, 4 * BLOCKS)
-    factors = (thread * 0, thread * 0)
+    factors = (thread * 0, thread * 0, thread * 0, thread * 0)
     for t in range(first_tile, last_tile):
         # not read where the planes have copies
         streams = (words_ptr + tile_u + RAW, words_ptr + tile_v + RAW)
@@ -265,10 +274,7 @@ def _ring_block(
         windows = (window_u, window_v)
         if FP8:
             sums = totals
-            factor_u = scale_u / divisor_u
-            factor_v = scale_v / divisor_v
-            even: tl.constexpr = 1.7320508075688772 if LATTICE == "a2" else 1.0
-            factors = (pack_halves(factor_u * even, factor_u, tl.float16), pack_halves(factor_v * even, factor_v, tl.float16))
+            factors = e4m3_factors(scale_u / divisor_u, LATTICE) + e4m3_factors(scale_v / divisor_v, LATTICE)
         else:
             sums = ()
             for _ in tl.static_range(4 * BLOCKS):
@@ -323,6 +329,7 @@ def _ring_block(
                     ROW_BYTES,
                     BLOCKS,
                     FP8,
+                    EXACT,
                     NUM_WARPS,
                     STEPS,
                     STAGES,
@@ -356,6 +363,7 @@ def _ring_block(
                     ROW_BYTES,
                     BLOCKS,
                     FP8,
+                    EXACT,
                     NUM_WARPS,
                     STEPS,
                     STAGES,

@@ -68,7 +68,9 @@ if INTERPRETED:
         return bits | tl.where(value < 0, 128, 0)
 
     @triton.jit
-    def codes_to_e4m3(codes, scales):
+    def codes_to_e4m3(codes, scales, offsets, BIASED: tl.constexpr, EXACT: tl.constexpr):
+        if BIASED:
+            codes = codes ^ -0x7F7F7F80
         word = codes * 0
         for i in tl.static_range(4):
             value = (_byte(codes, i).to(tl.float32) * _to_float(scales, i % 2, tl.float16)).to(tl.float16).to(tl.float32)
@@ -172,32 +174,35 @@ else:
             pack=1,
         )
 
-    @triton.jit
-    def codes_to_e4m3(codes, scales):
-        """Four int8 by fp16 `scales`, of even and of odd places, products rounded to fp16 and then to e4m3."""
-        # a code under 0x64 is a half 1024 + 128 more than it; the converting instructions are slower
-        return tl.inline_asm_elementwise(
-            """{
+    @triton.constexpr_function
+    def _e4m3_asm(biased, exact):
+        def product(x):
+            if exact:
+                return f"fma.rn.f16x2 {x}, {x}, $2, $3;"
+            return f"sub.rn.f16x2 {x}, {x}, offset; mul.rn.f16x2 {x}, {x}, $2;"
+
+        return f"""{{
             .reg .b32 biased, low, high, offset; .reg .b16 p, q;
             mov.b32 offset, 0x64646464;
-            xor.b32 biased, $1, 0x80808080;
+            {"mov.b32 biased, $1;" if biased else "xor.b32 biased, $1, 0x80808080;"}
             prmt.b32 low, biased, offset, 0x4140;
             prmt.b32 high, biased, offset, 0x4342;
             mov.b32 offset, 0x64806480;
-            sub.rn.f16x2 low, low, offset;
-            sub.rn.f16x2 high, high, offset;
-            mul.rn.f16x2 low, low, $2;
-            mul.rn.f16x2 high, high, $2;
+            {product("low")}
+            {product("high")}
             cvt.rn.satfinite.e4m3x2.f16x2 p, low;
             cvt.rn.satfinite.e4m3x2.f16x2 q, high;
-            mov.b32 $0, {p, q};
-            }""",
-            "=r,r,r",
-            [codes, scales],
-            tl.int32,
-            is_pure=True,
-            pack=1,
-        )
+            mov.b32 $0, {{p, q}};
+            }}"""
+
+    @triton.jit
+    def codes_to_e4m3(codes, scales, offsets, BIASED: tl.constexpr, EXACT: tl.constexpr):
+        """Four int8, or BIASED uint8 that are 128 more, by fp16 `scales`, of even and of odd places; rounded to fp16, then to e4m3.
+
+        EXACT: `offsets`, -1152 times as much, are exact in fp16.
+        """
+        # a code under 0x64 is a half 1024 + 128 more than it; the converting instructions are slower
+        return tl.inline_asm_elementwise(_e4m3_asm(BIASED, EXACT), "=r,r,r,r", [codes, scales, offsets], tl.int32, is_pure=True, pack=1)
 
     @triton.jit
     def transpose(x, NUM_WARPS: tl.constexpr):
