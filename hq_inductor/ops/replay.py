@@ -131,9 +131,9 @@ class Plan:
     result: tuple[tuple[int, ...], tuple[int, ...], torch.dtype] | None  # shape, strides and dtype
     device: torch.device
     scratch: int  # bytes
-    offsets: list[int]  # of what is not returned, in the scratch
+    offsets: list[int]  # of addresses in the scratch
     launches: list[_Launch]
-    constants: tuple
+    constants: list
     kept: list[torch.Tensor] = field(default_factory=list)
 
     def run(self, pointers: list[int]) -> torch.Tensor | None:
@@ -189,47 +189,47 @@ def _plan(recorder: _Recorder, device: torch.device, inputs: int, out: torch.Ten
         returned, owner = owners[0], recorder.allocated[owners[0]]
         if out.dtype != owner.dtype or out.numel() != owner.numel():
             return None
-    # values of a plan: inputs, the result, other allocations, constants
-    first = inputs if returned is None else inputs + 1
-    offsets, places, size = [], {} if returned is None else {-1 - returned: inputs}, 0
+    # where allocations begin in the scratch, without the one that is returned
+    begins, size = {}, 0
     for i, tensor in enumerate(recorder.allocated):
         if i != returned:
-            places[-1 - i] = first + len(offsets)
-            offsets.append(size)
+            begins[-1 - i] = size
             size += math.ceil(tensor.untyped_storage().nbytes() / _ALIGNMENT) * _ALIGNMENT
-    constants: list = []
+    # values of a plan: inputs, the result, addresses in the scratch; then constants
+    values = [("input", i) for i in range(inputs)] + ([] if returned is None else [("result", 0)])
     launches = []
     for compiled, grid, arguments in recorder.launches:
-        indices = []
+        found = []
         for argument in arguments:
-            if isinstance(argument, _Place) and argument.source >= 0:
-                indices.append(argument.source)
-            elif isinstance(argument, _Place) and argument.offset == 0:
-                indices.append(places[argument.source])
-            elif isinstance(argument, _Place):
-                # an address of its own in the scratch; not in the result, which is one piece
-                if returned is not None and argument.source == -1 - returned:
-                    return None
-                indices.append(("offset", offsets[places[argument.source] - first] + argument.offset))
+            if not isinstance(argument, _Place):
+                found.append(("constant", argument))
+            elif argument.source >= 0:
+                found.append(("input", argument.source))
+            elif argument.source in begins:
+                found.append(("scratch", begins[argument.source] + argument.offset))
+            elif argument.offset == 0:
+                found.append(("result", 0))
             else:
-                indices.append(("constant", argument))
-        launches.append((compiled, grid, indices))
-    for _, _, indices in launches:
-        for i, index in enumerate(indices):
-            if isinstance(index, tuple) and index[0] == "offset":
-                indices[i] = first + len(offsets)
-                offsets.append(index[1])
-    for _, _, indices in launches:
-        for i, index in enumerate(indices):
-            if isinstance(index, tuple):
-                indices[i] = first + len(offsets) + len(constants)
-                constants.append(index[1])
-    steps = [
-        _Launch(compiled.run, (*grid, 1, 1)[:3], (compiled.function, compiled.packed_metadata, None, None, None), itemgetter(*indices))
-        for compiled, grid, indices in launches
-    ]
+                # it is one piece
+                return None
+        launches.append((compiled, grid, found))
+    offsets = sorted({value for _, _, found in launches for kind, value in found if kind == "scratch"})
+    values += [("scratch", offset) for offset in offsets]
+    constants: list = []
+    steps = []
+    for compiled, grid, found in launches:
+        indices = []
+        for kind, value in found:
+            if kind == "constant":
+                # each its own place: 1 and 1.0 are equal, but not to a launcher
+                indices.append(len(values) + len(constants))
+                constants.append(value)
+            else:
+                indices.append(values.index((kind, value)))
+        tail = (compiled.function, compiled.packed_metadata, None, None, None)
+        steps.append(_Launch(compiled.run, (*grid, 1, 1)[:3], tail, itemgetter(*indices)))
     result = None if out is None else (tuple(out.shape), out.stride(), out.dtype)
-    return Plan(result, device, size, offsets, steps, tuple(constants), recorder.kept)
+    return Plan(result, device, size, offsets, steps, constants, recorder.kept)
 
 
 _plans: dict[tuple, Plan | int] = {}
@@ -254,7 +254,7 @@ def _kind(args: Sequence, key: list, tensors: list[torch.Tensor], pointers: list
             key.append(len(arg))
             _kind(arg, key, tensors, pointers)
         else:
-            key += (arg.shape, arg.stride(), arg.dtype)
+            key += (arg.shape, arg.stride(), arg.dtype, arg.get_device())
             tensors.append(arg)
             pointers.append(arg.data_ptr())
 
@@ -266,7 +266,7 @@ def replayed(function: Callable[..., torch.Tensor | None]) -> Callable[..., torc
     """
 
     def call(*args):
-        key: list = [function, args[0].device]
+        key: list = [function]
         tensors: list[torch.Tensor] = []
         pointers: list[int] = []
         _kind(args, key, tensors, pointers)

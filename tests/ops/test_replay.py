@@ -34,6 +34,8 @@ class Kernel:
 
     def _run(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *args):
         assert (x, y, z, stream, function, metadata) == (3, 1, 1, 11, 7, (1,))
+        # as Triton's launcher insists
+        assert [type(arg) for arg in args[:4]] == [int] * 4
         self.replayed += 1
         self._compute(*args)
 
@@ -82,6 +84,20 @@ def test_results_are_those_of_the_call(kernel):
         assert (kernel.bound, kernel.replayed) == (3, 3 * i)
 
 
+def test_constants_keep_their_types(kernel):
+    def function(x, y):
+        first, out = torch.empty(1), torch.empty(1)
+        launch(kernel, x, y, first, 1.0)
+        launch(kernel, first, y, out, 1)
+        return out
+
+    call = replay.replayed(function)
+    for _ in range(3):
+        x, y = random(1), random(1)
+        torch.testing.assert_close(call(x, y), x + 2 * y)
+    assert kernel.replayed == 4
+
+
 def test_kinds_are_told_apart(kernel):
     def function(x, y, factor):
         out = torch.empty(x.numel())
@@ -93,6 +109,22 @@ def test_kinds_are_told_apart(kernel):
         x, y = random(count), random(count)
         torch.testing.assert_close(call(x, y, factor), x * factor + y)
     assert (kernel.bound, kernel.replayed) == (3, 3)
+
+
+def test_a_tensor_on_another_device_is_of_another_kind():
+    """A plan has addresses only: a bias that was left on the CPU must come to the call, which says so."""
+    x = random(8)
+
+    class Elsewhere(torch.Tensor):
+        def get_device(self):
+            return 1
+
+    keys = []
+    for other in (x, x.as_subclass(Elsewhere)):
+        key = []
+        replay._kind((x, other, [other]), key, [], [])
+        keys.append(key)
+    assert keys[0] != keys[1]
 
 
 def more_operations(kernel, x, y):
