@@ -93,8 +93,10 @@ def pack_e2m1(values: torch.Tensor) -> torch.Tensor:
 def _round_nvfp4(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Elements `[M, K / 16, 16]`, scales of blocks `[M, K / 16]` e4m3, and of the matrix."""
     blocks = x.to(torch.float32).unflatten(-1, (-1, 16))
-    factor = (blocks.abs().amax() / (E2M1_MAX * E4M3_MAX)).clamp(min=_SMALLEST)
-    scale = (blocks.abs().amax(-1) / (E2M1_MAX * factor)).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)
+    largest = blocks.abs().amax(-1)
+    # a zero, or of no rows there were no largest one
+    factor = (torch.cat((largest.flatten(), largest.new_zeros(1))).amax() / (E2M1_MAX * E4M3_MAX)).clamp(min=_SMALLEST)
+    scale = (largest / (E2M1_MAX * factor)).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)
     step = (scale.to(torch.float32) * factor).clamp(min=_SMALLEST)
     return round_e2m1(blocks / step[..., None]), scale, factor
 

@@ -39,8 +39,9 @@ RING_KINDS = (
     RingKind(128, 0, 3.9, 3.97),
 )
 RING_COLUMNS = tuple(sorted({kind.columns for kind in RING_KINDS}))
-# of e4m3, whose sums take one register each; fewer columns than needed and up to so many may be left empty
+# columns up to which a launch may have more than its batch needs
 SPARE_COLUMNS = 32
+# of e4m3, whose sums take one register each
 FP8_KINDS = (
     RingKind(16, DENSE_REGISTERS, 7.6, 7.8),
     RingKind(32, DENSE_REGISTERS, 8.0, 8.0),

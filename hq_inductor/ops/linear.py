@@ -183,6 +183,9 @@ def library_linear(
     from .fused_rotation import rotate
 
     rows, tiles, batch = [q.shape[0] for q in qdata], qdata[0].shape[1], x.shape[0]
+    if batch == 0:
+        # nothing is rotated, so the decoder would not know what it follows
+        return x.new_empty((0, sum(rows)))
     # a scale of nvfp4 is the whole weight's, so siblings cannot be rounded as one
     if mma == "nvfp4" and len(qdata) > 1:
         parts = zip(qdata, bias, layouts, strict=True)
@@ -190,7 +193,7 @@ def library_linear(
     # library products want all of one dtype; the other paths take any
     joined = _join_bias(bias, rows, x)
     int8 = mma == "int8" or (mma == "auto" and x.dtype != torch.float32 and (batch < LIBRARY_BATCH or ring_products(x.device)))
-    fp8 = mma == "fp8" and fp8_products(x.device) and sum(rows) % 16 == 0 and batch > 0 and x.dtype == torch.bfloat16
+    fp8 = mma == "fp8" and fp8_products(x.device) and sum(rows) % 16 == 0 and x.dtype == torch.bfloat16
     if int8 and _takes_blocked(x, rows, tiles * layouts[0].tile):
         return _blocked_linear(x, qdata, act_pre_scale, joined, layouts, seed, prologue)
     dtype = torch.int8 if int8 else torch.float8_e4m3fn if fp8 else x.dtype
@@ -210,14 +213,14 @@ def library_linear(
         from .fused_fp4 import block_scaled_matmul
 
         quantize = quantize_nvfp4 if mma == "nvfp4" else quantize_mxfp4
-        return block_scaled_matmul(quantize(rotated), quantize(weight), joined, x.dtype) if batch else F.linear(rotated, weight)
+        return block_scaled_matmul(quantize(rotated), quantize(weight), joined, x.dtype)
     rotated, weight = round_operands(rotated, weight, mma, layouts[0].tile)
     return F.linear(rotated, weight, joined)
 
 
 def _takes_blocked(x: torch.Tensor, rows: list[int], columns: int) -> bool:
     """Whether int8 products of decoded weights come from blocks (sm_90); the kernels' offsets have 31 bits."""
-    if not ring_products(x.device) or not len(x) or any(n % 64 for n in rows[:-1]):
+    if not ring_products(x.device) or any(n % 64 for n in rows[:-1]):
         return False
     return (len(x) + 128) * columns < 2**31
 

@@ -1,8 +1,8 @@
 """Calls of an op that launch again what an equal call launched before, without Python between the kernels.
 
-Why.         From Python a launch costs the host 50 us and more (Triton binds 60 arguments, specializes each, makes a key of them), and what
-             leads to it some 30 more. A linear layer takes two, and a GPU 10 us for it. With CUDA graphs nobody pays; without, a model
-             waits for nothing else.
+Why.         From Python the two launches of a linear layer, and what leads to them, cost the host 190 us (a virtual machine's): Triton
+             binds 60 arguments for each, specializes them and makes a key of them. A GPU takes 10 us for both. With CUDA graphs nobody
+             pays; without, a model waits for nothing else.
 How.         The first call of its kind runs as ever and is recorded: kernels as Triton compiled them, grids, and of every argument where it
              came from: an input, memory that the call allocated, a constant. Calls of the same kind allocate as much, put their own
              addresses in, and launch. Calls are of one kind if all arguments agree, tensors in shape, strides, dtype and device.
@@ -17,7 +17,7 @@ import functools
 import math
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import itemgetter
 
 import torch
@@ -74,7 +74,6 @@ class _Recorder(TorchDispatchMode):
         self.allocated: list[torch.Tensor] = []
         # compiled kernel, grid, arguments: of pointers where they are
         self.launches: list[tuple[object, tuple[int, ...], list]] = []
-        self.kept: list[torch.Tensor] = []
         self.fails = len(self.inputs) < len(addresses)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -86,7 +85,7 @@ class _Recorder(TorchDispatchMode):
         return result
 
     def launched(self, compiled: object, grid: tuple[int, ...], arguments: list) -> None:
-        if compiled is None or not hasattr(compiled, "packed_metadata"):
+        if not hasattr(compiled, "packed_metadata"):
             self.fails = True
             return
         self.launches.append((compiled, grid, [self._place(arg) if isinstance(arg, torch.Tensor) else arg for arg in arguments]))
@@ -102,7 +101,7 @@ class _Recorder(TorchDispatchMode):
             if 0 <= offset < owner.untyped_storage().nbytes():
                 return _Place(-1 - i, offset)
         if is_kept(tensor):
-            self.kept.append(tensor)
+            # for good
             return address
         self.fails = True
         return 0
@@ -134,7 +133,6 @@ class Plan:
     offsets: list[int]  # of addresses in the scratch
     launches: list[_Launch]
     constants: list
-    kept: list[torch.Tensor] = field(default_factory=list)
 
     def run(self, pointers: list[int]) -> torch.Tensor | None:
         """`pointers` of the inputs; on the current stream of the plan's device, which is the current one."""
@@ -229,7 +227,7 @@ def _plan(recorder: _Recorder, device: torch.device, inputs: int, out: torch.Ten
         tail = (compiled.function, compiled.packed_metadata, None, None, None)
         steps.append(_Launch(compiled.run, (*grid, 1, 1)[:3], tail, itemgetter(*indices)))
     result = None if out is None else (tuple(out.shape), out.stride(), out.dtype)
-    return Plan(result, device, size, offsets, steps, constants, recorder.kept)
+    return Plan(result, device, size, offsets, steps, constants)
 
 
 _plans: dict[tuple, Plan | int] = {}

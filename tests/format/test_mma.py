@@ -58,6 +58,11 @@ def test_zeros_and_extremes(function):
         assert function(x).isfinite().all() and snr_db(x / size, function(x) / size) > 15
 
 
+@pytest.mark.parametrize("quantize", [quantize_nvfp4, quantize_mxfp4])
+def test_no_rows(quantize):
+    assert quantize(torch.empty(0, 128)).codes.shape == (0, 64)
+
+
 def test_mxfp4_scales_are_powers_of_two():
     x = torch.randn(8, 64)
     blocks = mxfp4_blocks(x).view(8, 2, 32)

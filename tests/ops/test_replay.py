@@ -63,6 +63,15 @@ def launch(kernel, x, y, z, factor):
     ahead.launch(kernel, (3,), x, y, z, z.numel(), FACTOR=factor)
 
 
+def twice_x_plus_y(kernel):
+    def function(x, y):
+        out = torch.empty(x.numel())
+        launch(kernel, x, y, out, 2)
+        return out
+
+    return replay.replayed(function)
+
+
 def test_results_are_those_of_the_call(kernel):
     """Several allocations, one used from its middle on, a constant, a list of tensors, None; other inputs each time."""
     table = torch.arange(8.0)
@@ -183,12 +192,7 @@ def test_calls_that_do_more_run_as_ever(kernel, function):
 
 
 def test_inputs_at_one_address_are_not_recorded_but_served(kernel):
-    def function(x, y):
-        out = torch.empty(8)
-        launch(kernel, x, y, out, 2)
-        return out
-
-    call = replay.replayed(function)
+    call = twice_x_plus_y(kernel)
     x, y = random(8), random(8)
     torch.testing.assert_close(call(x, x), 3 * x)
     torch.testing.assert_close(call(x, y), 2 * x + y)
@@ -216,12 +220,7 @@ def test_calls_that_return_nothing(kernel):
 
 
 def test_unaligned_inputs_run_as_ever(kernel):
-    def function(x, y):
-        out = torch.empty(8)
-        launch(kernel, x, y, out, 2)
-        return out
-
-    call = replay.replayed(function)
+    call = twice_x_plus_y(kernel)
     y = random(8)
     call(random(8), y)
     x = random(12)[1:9]
@@ -232,12 +231,7 @@ def test_unaligned_inputs_run_as_ever(kernel):
 def test_observed_launches_run_as_ever(kernel):
     knobs = pytest.importorskip("triton").knobs
 
-    def function(x, y):
-        out = torch.empty(8)
-        launch(kernel, x, y, out, 2)
-        return out
-
-    call = replay.replayed(function)
+    call = twice_x_plus_y(kernel)
     with knobs.runtime.scope():
         knobs.runtime.launch_enter_hook = lambda metadata: None
         call(random(8), random(8))
@@ -267,12 +261,7 @@ def test_errors_pass_and_leave_no_plan(kernel):
 def test_plans_are_bounded_and_forgotten(kernel, monkeypatch):
     monkeypatch.setattr(replay, "MOST_PLANS", 4)
 
-    def function(x, y):
-        out = torch.empty(x.numel())
-        launch(kernel, x, y, out, 2)
-        return out
-
-    call = replay.replayed(function)
+    call = twice_x_plus_y(kernel)
     for count in range(4, 20):
         call(random(count), random(count))
         assert len(replay._plans) <= 4

@@ -18,7 +18,7 @@ from .bits import INTERPRETED
 from .blocks import e4m3_factors, exact_factors, first_unit, load_chunks, row_divisors, stage_stream, tile_offset
 from .memory import store_global
 from .shared import ROW_GAP, TABLE_BYTES, declare_shared, load_table, wait_copies
-from .tile import decode_vector, decode_vector_e8, first_cursor, first_window, header_word, load_raw, next_quads, read_header, restore_signs
+from .tile import decode_vector, first_cursor, first_window, header_word, load_raw, next_quads, read_header, restore_signs
 from .warp import codes_to_e4m3
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -212,12 +212,8 @@ def _decode_group(
     for v in tl.static_range(4):
         e0, e1, window_u = next_quads(window_u, odd, stream_u, table_ptr, table_address, LENGTH_PLACE, STREAM, ROW_BYTES)
         f0, f1, window_v = next_quads(window_v, odd, stream_v, table_ptr, table_address, LENGTH_PLACE, STREAM, ROW_BYTES)
-        if BIASED:
-            a0, a1 = decode_vector_e8(e0, e1, v, signs_u, raw_u, K, SHIFT, True)
-            b0, b1 = decode_vector_e8(f0, f1, v, signs_v, raw_v, K, SHIFT, True)
-        else:
-            a0, a1 = decode_vector(e0, e1, v, signs_u, raw_u, K, SHIFT, LATTICE)
-            b0, b1 = decode_vector(f0, f1, v, signs_v, raw_v, K, SHIFT, LATTICE)
+        a0, a1 = decode_vector(e0, e1, v, signs_u, raw_u, K, SHIFT, LATTICE, BIASED)
+        b0, b1 = decode_vector(f0, f1, v, signs_v, raw_v, K, SHIFT, LATTICE, BIASED)
         _store_vector(out_u + place + v * STEP, a0, a1, even_u, odd_u, mask_u, LATTICE, CODES, BLOCKED, BIASED, EXACT)
         _store_vector(out_v + place + v * STEP, b0, b1, even_v, odd_v, mask_v, LATTICE, CODES, BLOCKED, BIASED, EXACT)
     return window_u, window_v

@@ -41,7 +41,7 @@ from .blocks import (
 from .memory import load_global
 from .ring_output import cluster_rank, meet_and_store
 from .shared import ROW_GAP, TABLE_BYTES, commit_copies, load_shared_floats, load_table, shared_base, wait_copies
-from .tile import decode_vector, decode_vector_e8, first_cursor, first_window, header_word, load_raw, next_quads, read_header, restore_signs
+from .tile import decode_vector, first_cursor, first_window, header_word, load_raw, next_quads, read_header, restore_signs
 from .warp import codes_to_e4m3, own_warp
 from .warpgroup import fill, next_products, open_ring, products_wait
 
@@ -85,12 +85,8 @@ def _multiply_group(
     for v in tl.static_range(4):
         e0, e1, window_u = next_quads(window_u, odd, streams[0], table_ptr, table_address, LENGTH_PLACE, STREAM, ROW_BYTES)
         f0, f1, window_v = next_quads(window_v, odd, streams[1], table_ptr, table_address, LENGTH_PLACE, STREAM, ROW_BYTES)
-        if BIASED:
-            a0, a2 = decode_vector_e8(e0, e1, v, signs_u, raw_u, K, SHIFT, True)
-            a1, a3 = decode_vector_e8(f0, f1, v, signs_v, raw_v, K, SHIFT, True)
-        else:
-            a0, a2 = decode_vector(e0, e1, v, signs_u, raw_u, K, SHIFT, LATTICE)
-            a1, a3 = decode_vector(f0, f1, v, signs_v, raw_v, K, SHIFT, LATTICE)
+        a0, a2 = decode_vector(e0, e1, v, signs_u, raw_u, K, SHIFT, LATTICE, BIASED)
+        a1, a3 = decode_vector(f0, f1, v, signs_v, raw_v, K, SHIFT, LATTICE, BIASED)
         if FP8:
             a0 = codes_to_e4m3(a0, factors[0], factors[1], BIASED, EXACT)
             a1 = codes_to_e4m3(a1, factors[2], factors[3], BIASED, EXACT)

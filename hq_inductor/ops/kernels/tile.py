@@ -241,10 +241,15 @@ def _half(entry, v: tl.constexpr, h: tl.constexpr, signs, raw, K: tl.constexpr, 
 
 
 @triton.jit
-def decode_vector(entry0, entry1, v: tl.constexpr, signs, raw, K: tl.constexpr, SHIFT: tl.constexpr, LATTICE: tl.constexpr):
-    """Codes of vector `v` (0 to 3) of a group: symbols 0 to 3 and 4 to 7, four int8 each. `signs` from `restore_signs`."""
+def decode_vector(
+    entry0, entry1, v: tl.constexpr, signs, raw, K: tl.constexpr, SHIFT: tl.constexpr, LATTICE: tl.constexpr, BIASED: tl.constexpr = False
+):
+    """Codes of vector `v` (0 to 3) of a group: symbols 0 to 3 and 4 to 7, four int8 each. `signs` from `restore_signs`.
+
+    BIASED: four uint8, 128 more; of e8 only.
+    """
     if LATTICE == "e8":
-        return decode_vector_e8(entry0, entry1, v, signs, raw, K, SHIFT, False)
+        return decode_vector_e8(entry0, entry1, v, signs, raw, K, SHIFT, BIASED)
     else:
         if K == 1 and LATTICE == "d4":
             signs = signs ^ (parity(entry0 & (0x01010101 << SHIFT)) << (24 + 4 * (v % 2) + v // 2))
