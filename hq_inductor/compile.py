@@ -18,6 +18,7 @@ from torch._dynamo import register_backend
 from torch._inductor.custom_graph_pass import CustomGraphModulePass
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .lowering import enable_direct_calls
 from .ops.ahead import prepare_workers
 from .ops.registry import on_first_trace
 from .passes.compile_ahead import compile_ahead
@@ -71,6 +72,7 @@ def install() -> None:
         current = registry.get(device)
         if not isinstance(current, HyperQuantGraphPass):
             registry[device] = HyperQuantGraphPass(current)
+    enable_direct_calls(True)
     if torch.cuda.is_initialized() and current_config().compile_ahead:
         prepare_workers()
 
@@ -78,6 +80,7 @@ def install() -> None:
 def uninstall() -> None:
     """Leave graphs compiled from now on alone. What was installed for a device before is as it was."""
     on_first_trace(None)
+    enable_direct_calls(False)
     registry = _registry()
     for device in DEVICES:
         current = registry.get(device)

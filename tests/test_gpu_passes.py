@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 
 from hq_inductor import HyperQuantTensor
+from hq_inductor.ops import replay
 from hq_inductor.ops.prologue import GATES, LAYER_NORMS, NORMS, PROLOGUES, Prologue
 from hq_inductor.passes import configured
 
@@ -132,3 +134,23 @@ def test_what_is_compiled_ahead_is_what_is_launched(batch, mma):
         ready = compiled()
         ops.rice_linear(*args)
     assert compiled() == ready > before and hits and all(hits)
+
+
+@pytest.mark.parametrize("rows", [1, 40, 300])
+def test_generated_code_launches_by_itself(rows):
+    """Every layer from the plan of its call site, in memory that Inductor lends: bit for bit what dispatched calls give."""
+    torch.use_deterministic_algorithms(False)
+    replay.forget_plans()
+    model = quantized(LlamaBlock(), torch.bfloat16).cuda()
+    inputs = [cuda(1, rows, 128) for _ in range(4)]
+    outs = {}
+    with torch.no_grad(), torch.compiler.config.patch(force_disable_caches=True):
+        for direct in (False, True):
+            with configured(direct_calls=direct):
+                compiled = torch.compile(model, fullgraph=True, dynamic=False)
+                _, (code,) = run_and_get_code(compiled, inputs[0])
+            assert ("torch.ops.hyperquant.rice" in code) != direct and ("call_site" in code) == direct
+            outs[direct] = [compiled(x) for x in inputs]
+            torch._dynamo.reset()
+    assert all(torch.equal(a, b) for a, b in zip(outs[False], outs[True], strict=True))
+    assert replay._sites and all(isinstance(site.plan, replay.Plan) for site in replay._sites)

@@ -24,7 +24,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map
 
-from .replay import recorder
+from .replay import Allocations, filled, recorder
 
 log = logging.getLogger("hq_inductor.passes")
 
@@ -113,6 +113,41 @@ def jobs_of(function: Callable, args: tuple, kwargs: Mapping) -> list[Job]:
         args, kwargs = tree_map(lambda arg: _fake(arg) if isinstance(arg, torch.Tensor) else arg, (args, dict(kwargs)))
         function(*args, **kwargs)
     return _noted.jobs
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a call of an op needs: its result, contiguous, and bytes for what its kernels hand to each other."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    scratch: int
+
+
+def memory_of(function: Callable, tensors: tuple[tuple, ...], arguments: list) -> Memory | None:
+    """The memory of a call that only allocates and launches; None if it does more.
+
+    Args:
+        function: as of `jobs_of`; its result is a tensor of its own.
+        tensors: (shape, strides, dtype, device) of each that it is called with.
+        arguments: what it is called with, a `Slot` for each tensor.
+    """
+    key = (function, tensors, repr(arguments))
+    if key not in _memory:
+        _memory[key] = None
+        with _left_to_the_launch(function.__name__), FakeTensorMode(), torch.no_grad():
+            _noted.jobs = []
+            made = [torch.empty_strided(shape, strides, dtype=dtype, device=device) for shape, strides, dtype, device in tensors]
+            arguments = filled(arguments, made)
+            with Allocations() as noted:
+                out = function(*arguments)
+            scratch = noted.scratch(out)
+            if scratch is not None and out.is_contiguous() and out.numel():
+                _memory[key] = Memory(tuple(out.shape), out.dtype, scratch)
+    return _memory[key]
+
+
+_memory: dict[tuple, Memory | None] = {}
 
 
 def _fake(tensor: torch.Tensor) -> torch.Tensor:

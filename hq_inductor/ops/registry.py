@@ -9,13 +9,15 @@ import torch
 from torch._guards import TracingContext
 
 from ..format.layout import TileLayout
-from .replay import replayed
+from .replay import CallSite, replayed
 
 NAMESPACE = "hyperquant"
 # Library.define + impl costs 5.6 us per eager call where torch.library.custom_op costs 17 (measured, 2-core CPU, torch 2.13)
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 _CUDA: dict[str, Callable] = {}
+# ops that generated code calls without the dispatcher (`hq_inductor.lowering`)
+CALL_SITES: list[str] = []
 
 
 def register(schema: str, fake: Callable, tags: tuple[torch.Tag, ...] = (), replay: bool = False, **by_device: Callable) -> None:
@@ -27,6 +29,8 @@ def register(schema: str, fake: Callable, tags: tuple[torch.Tag, ...] = (), repl
     LIBRARY.define(schema, tags=tags)
     if "CUDA" in by_device:
         _CUDA[name] = by_device["CUDA"]
+        if replay and schema.endswith("-> Tensor") and "." not in name:
+            CALL_SITES.append(name)
     for key, function in by_device.items():
         if key == "CUDA":
             function = _on_own_device(replayed(function) if replay else function)
@@ -37,6 +41,11 @@ def register(schema: str, fake: Callable, tags: tuple[torch.Tag, ...] = (), repl
 def cuda_function(op: torch._ops.OpOverload) -> Callable:
     """What an op of the namespace runs on CUDA, which is another function than on a CPU where kernels are launched."""
     return _CUDA[op._opname]
+
+
+def call_site(name: str, scratch: int, arguments: list) -> CallSite:
+    """For generated code: calls of an op on CUDA, arguments as of `CallSite`."""
+    return CallSite(_CUDA[name], scratch, arguments)
 
 
 def _on_own_device(function: Callable) -> Callable:

@@ -13,9 +13,11 @@ Invariants.  Whatever is not plainly a launch or an allocation is not recorded, 
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
@@ -35,6 +37,8 @@ _ALIGNMENT = 256
 _aten = torch.ops.aten
 _ALLOCATIONS = {_aten.empty.memory_format, _aten.empty_strided.default, _aten.new_empty.default}
 _VIEWS = {
+    # of fake tensors
+    torch.ops.prim.device.default,
     _aten.view.default,
     _aten.view.dtype,
     _aten._unsafe_view.default,
@@ -63,18 +67,13 @@ class _Place:
     offset: int
 
 
-class _Recorder(TorchDispatchMode):
-    """Notes allocations and launches of the calls within it."""
+class Allocations(TorchDispatchMode):
+    """Notes allocations of the calls within it, and whether they do more than allocate, look at memory in other ways, and launch."""
 
-    def __init__(self, inputs: Sequence[torch.Tensor]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        # empty ones have no address
-        addresses = [(tensor.data_ptr(), i) for i, tensor in enumerate(inputs) if tensor.data_ptr()]
-        self.inputs = dict(addresses)
         self.allocated: list[torch.Tensor] = []
-        # compiled kernel, grid, arguments: of pointers where they are
-        self.launches: list[tuple[object, tuple[int, ...], list]] = []
-        self.fails = len(self.inputs) < len(addresses)
+        self.fails = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -83,6 +82,45 @@ class _Recorder(TorchDispatchMode):
         elif func not in _VIEWS:
             self.fails = True
         return result
+
+    def returned(self, out: torch.Tensor) -> int | None:
+        """Which allocation is the memory of a call's result, all of it, contiguous; None if none is."""
+        owners = [i for i, tensor in enumerate(self.allocated) if _memory(tensor) == _memory(out)]
+        if len(owners) != 1 or not out.is_contiguous() or out.storage_offset():
+            return None
+        owner = self.allocated[owners[0]]
+        return owners[0] if out.dtype == owner.dtype and out.numel() == owner.numel() else None
+
+    def places(self, returned: int | None) -> tuple[dict[int, int], int]:
+        """Where allocations but for the result are in one piece of memory, and bytes of that."""
+        begins, size = {}, 0
+        for i, tensor in enumerate(self.allocated):
+            if i != returned:
+                begins[i] = size
+                size += math.ceil(tensor.untyped_storage().nbytes() / _ALIGNMENT) * _ALIGNMENT
+        return begins, size
+
+    def scratch(self, out: torch.Tensor) -> int | None:
+        """Bytes beside the result, or None if there can be no plan."""
+        returned = self.returned(out)
+        return None if self.fails or returned is None else self.places(returned)[1]
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+class _Recorder(Allocations):
+    """Notes launches too."""
+
+    def __init__(self, inputs: Sequence[torch.Tensor]) -> None:
+        super().__init__()
+        # empty ones have no address
+        addresses = [(tensor.data_ptr(), i) for i, tensor in enumerate(inputs) if tensor.data_ptr()]
+        self.inputs = dict(addresses)
+        # compiled kernel, grid, arguments: of pointers where they are
+        self.launches: list[tuple[object, tuple[int, ...], list]] = []
+        self.fails = len(self.inputs) < len(addresses)
 
     def launched(self, compiled: object, grid: tuple[int, ...], arguments: list) -> None:
         if not hasattr(compiled, "packed_metadata"):
@@ -117,15 +155,14 @@ def recorder() -> _Recorder | None:
 
 @dataclass(frozen=True)
 class _Launch:
-    run: Callable
-    head: tuple  # grid
-    tail: tuple  # function and metadata
+    function: Callable
     arguments: itemgetter  # from all values of a plan
+    last: itemgetter | None  # of a last argument that is a tuple
 
 
 @dataclass
 class Plan:
-    """What calls of one kind do."""
+    """What calls of one kind do. Its values: the stream, addresses of inputs and of the result, addresses in the scratch, constants."""
 
     result: tuple[tuple[int, ...], tuple[int, ...], torch.dtype] | None  # shape, strides and dtype
     device: torch.device
@@ -140,16 +177,46 @@ class Plan:
         if self.result is not None:
             out = _allocate(*self.result)
             pointers.append(out.data_ptr())
-        if self.scratch:
-            scratch = _allocate((self.scratch,), (1,), torch.uint8)
-            first = scratch.data_ptr()
-            for offset in self.offsets:
-                pointers.append(first + offset)
-        pointers += self.constants
-        stream = _stream(self.device)
-        for launch in self.launches:
-            launch.run(*launch.head, stream, *launch.tail, *launch.arguments(pointers))
+        scratch = _allocate((self.scratch,), (1,), torch.uint8) if self.scratch else None
+        self.launch(pointers, 0 if scratch is None else scratch.data_ptr())
         return out
+
+    def launch(self, pointers: list[int], scratch: int) -> None:
+        """`pointers` of the inputs and the result, and the first address of the scratch."""
+        values = [_stream(self.device), *pointers]
+        for offset in self.offsets:
+            values.append(scratch + offset)
+        values += self.constants
+        for launch in self.launches:
+            if launch.last is None:
+                launch.function(*launch.arguments(values))
+            else:
+                launch.function(*launch.arguments(values), launch.last(values))
+
+
+class _Value:
+    """Stands for a value of a plan while a launcher is asked what it makes of its arguments."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+
+def _asked(launcher: object, args: tuple) -> tuple[Callable, tuple]:
+    """What a launch comes to, and its arguments: that of Triton's own compiled function, if its launcher does no more than to call it.
+
+    The launcher's Python costs a third of a launch. Its arguments are another version's each time, so it is asked for them: twice, with
+    something else in place of the function.
+    """
+    if not isinstance(getattr(launcher, "launch", None), Callable):
+        return launcher, args
+    asked = copy.copy(launcher)
+    calls: list[tuple] = []
+    asked.launch = lambda *given: calls.append(given)
+    asked(*args)
+    asked(*args)
+    if len(calls) == 2 and repr(calls[0]) == repr(calls[1]) and not any(isinstance(arg, torch.Tensor) for arg in calls[0]):
+        return launcher.launch, calls[0]
+    return launcher, args
 
 
 def _stream(device: torch.device) -> int:
@@ -179,22 +246,12 @@ def _plan(recorder: _Recorder, device: torch.device, inputs: int, out: torch.Ten
     """What was recorded, or None if it cannot be done again."""
     if recorder.fails or not recorder.launches:
         return None
-    returned = None
-    if out is not None:
-        owners = [i for i, tensor in enumerate(recorder.allocated) if tensor.data_ptr() == out.data_ptr() != 0]
-        if len(owners) != 1 or not out.is_contiguous():
-            return None
-        returned, owner = owners[0], recorder.allocated[owners[0]]
-        if out.dtype != owner.dtype or out.numel() != owner.numel():
-            return None
-    # where allocations begin in the scratch, without the one that is returned
-    begins, size = {}, 0
-    for i, tensor in enumerate(recorder.allocated):
-        if i != returned:
-            begins[-1 - i] = size
-            size += math.ceil(tensor.untyped_storage().nbytes() / _ALIGNMENT) * _ALIGNMENT
-    # values of a plan: inputs, the result, addresses in the scratch; then constants
-    values = [("input", i) for i in range(inputs)] + ([] if returned is None else [("result", 0)])
+    returned = None if out is None else recorder.returned(out)
+    if out is not None and returned is None:
+        return None
+    begins, size = recorder.places(returned)
+    # values of a plan but for constants
+    values = [("stream", 0), *(("input", i) for i in range(inputs)), *([] if returned is None else [("result", 0)])]
     launches = []
     for compiled, grid, arguments in recorder.launches:
         found = []
@@ -203,8 +260,8 @@ def _plan(recorder: _Recorder, device: torch.device, inputs: int, out: torch.Ten
                 found.append(("constant", argument))
             elif argument.source >= 0:
                 found.append(("input", argument.source))
-            elif argument.source in begins:
-                found.append(("scratch", begins[argument.source] + argument.offset))
+            elif -1 - argument.source in begins:
+                found.append(("scratch", begins[-1 - argument.source] + argument.offset))
             elif argument.offset == 0:
                 found.append(("result", 0))
             else:
@@ -214,18 +271,23 @@ def _plan(recorder: _Recorder, device: torch.device, inputs: int, out: torch.Ten
     offsets = sorted({value for _, _, found in launches for kind, value in found if kind == "scratch"})
     values += [("scratch", offset) for offset in offsets]
     constants: list = []
+
+    def place(argument: object) -> int:
+        if isinstance(argument, _Value):
+            return argument.index
+        # each its own place: 1 and 1.0 are equal, but not to a launcher
+        constants.append(argument)
+        return len(values) + len(constants) - 1
+
     steps = []
     for compiled, grid, found in launches:
-        indices = []
-        for kind, value in found:
-            if kind == "constant":
-                # each its own place: 1 and 1.0 are equal, but not to a launcher
-                indices.append(len(values) + len(constants))
-                constants.append(value)
-            else:
-                indices.append(values.index((kind, value)))
-        tail = (compiled.function, compiled.packed_metadata, None, None, None)
-        steps.append(_Launch(compiled.run, (*grid, 1, 1)[:3], tail, itemgetter(*indices)))
+        given = [value if kind == "constant" else _Value(values.index((kind, value))) for kind, value in found]
+        head = (*(*grid, 1, 1)[:3], _Value(0), compiled.function, compiled.packed_metadata, None, None, None)
+        function, args = _asked(compiled.run, (*head, *given))
+        last = None
+        if isinstance(args[-1], tuple) and len(args[-1]) > 1:
+            args, last = args[:-1], itemgetter(*map(place, args[-1]))
+        steps.append(_Launch(function, itemgetter(*map(place, args)), last))
     result = None if out is None else (tuple(out.shape), out.stride(), out.dtype)
     return Plan(result, device, size, offsets, steps, constants)
 
@@ -236,6 +298,16 @@ _plans: dict[tuple, Plan | int] = {}
 def forget_plans() -> None:
     """Record anew: for what changes how calls are launched."""
     _plans.clear()
+    for site in _sites:
+        site.plan, site.failures = None, 0
+
+
+def replayable(pointers: Sequence[int]) -> bool:
+    """Whether kernels may be launched as they were before: inputs start at 16 bytes, and nobody observes launches."""
+    bits = 0
+    for pointer in pointers:
+        bits |= pointer
+    return not bits & 15 and not _observed()
 
 
 # what is part of a kind as it is; before a tensor is looked for, which takes longer
@@ -257,6 +329,18 @@ def _kind(args: Sequence, key: list, tensors: list[torch.Tensor], pointers: list
             pointers.append(arg.data_ptr())
 
 
+def recorded(function: Callable, args: Sequence, tensors: list[torch.Tensor]) -> tuple[torch.Tensor | None, Plan | None]:
+    """What a call gives, and a plan of it if there can be one; `tensors` among its arguments, the first one's device is the current one."""
+    noted = _Recorder(tensors)
+    _recording.recorder = noted
+    try:
+        with noted:
+            out = function(*args)
+    finally:
+        _recording.recorder = None
+    return out, _plan(noted, tensors[0].device, len(tensors), out)
+
+
 def replayed(function: Callable[..., torch.Tensor | None]) -> Callable[..., torch.Tensor | None]:
     """`function`, an op's on CUDA that gives a tensor of its own or none, from plans where it can be.
 
@@ -270,27 +354,84 @@ def replayed(function: Callable[..., torch.Tensor | None]) -> Callable[..., torc
         _kind(args, key, tensors, pointers)
         kind = tuple(key)
         plan = _plans.get(kind, 0)
-        aligned = 0
-        for pointer in pointers:
-            aligned |= pointer & 15
-        if aligned or _observed():
+        if not replayable(pointers):
             return function(*args)
         if plan.__class__ is Plan:
             return plan.run(pointers)
         if plan >= MOST_FAILURES or recorder() is not None:
             return function(*args)
-        noted = _Recorder(tensors)
-        _recording.recorder = noted
-        try:
-            with noted:
-                out = function(*args)
-        finally:
-            _recording.recorder = None
+        out, made = recorded(function, args, tensors)
         addresses = [pointer for pointer in pointers if pointer]
         if len(set(addresses)) == len(addresses):
             if len(_plans) >= MOST_PLANS:
                 _plans.clear()
-            _plans[kind] = _plan(noted, args[0].device, len(tensors), out) or plan + 1
+            _plans[kind] = made or plan + 1
         return out
 
     return call
+
+
+class CallSite:
+    """Calls of an op in code that Inductor generated, all of one kind: without dispatcher, keys, or memory that Inductor could lend.
+
+    Args:
+        function: the op's on CUDA, which gives one tensor of its own.
+        scratch: bytes of memory that comes with each call, after the tensors, if any.
+        arguments: of the op; a `Slot` for each tensor.
+    """
+
+    def __init__(self, function: Callable[..., torch.Tensor], scratch: int, arguments: Sequence) -> None:
+        self.function, self.scratch, self.arguments = function, scratch, arguments
+        self.plan: Plan | None = None
+        self.failures = 0
+        _sites.add(self)
+
+    def __call__(self, *tensors: torch.Tensor, out: torch.Tensor) -> None:
+        """Write the result to `out`, contiguous, of its shape and dtype."""
+        pointers = [tensor.data_ptr() for tensor in tensors]
+        result = out.data_ptr()
+        if not replayable([*pointers, result]):
+            out.copy_(self._call(tensors))
+            return
+        plan = self.plan
+        if plan is None:
+            self._record(tensors, out)
+            return
+        scratch = pointers.pop() if self.scratch else 0
+        pointers.append(result)
+        if plan.scratch > self.scratch:
+            memory = _allocate((plan.scratch,), (1,), torch.uint8)
+            scratch = memory.data_ptr()
+        plan.launch(pointers, scratch)
+
+    def _arguments(self, tensors: Sequence[torch.Tensor]) -> list:
+        return filled(self.arguments, tensors)
+
+    def _call(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        return self.function(*self._arguments(tensors))
+
+    def _record(self, tensors: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+        if self.failures >= MOST_FAILURES or recorder() is not None:
+            out.copy_(self._call(tensors))
+            return
+        given = list(tensors[:-1] if self.scratch else tensors)
+        result, self.plan = recorded(self.function, self._arguments(tensors), given)
+        self.failures += self.plan is None
+        out.copy_(result)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of a call site's i-th tensor among an op's arguments."""
+
+    index: int
+
+
+def filled(argument: object, tensors: Sequence[torch.Tensor]) -> object:
+    """An argument, or a list of them, with tensors in place of slots."""
+    if isinstance(argument, Slot):
+        return tensors[argument.index]
+    return [filled(item, tensors) for item in argument] if isinstance(argument, list | tuple) else argument
+
+
+_sites: weakref.WeakSet[CallSite] = weakref.WeakSet()

@@ -22,6 +22,7 @@ class PassConfig:
         fuse_norm: an RMSNorm or LayerNorm that only feeds quantized layers moves into their first kernel.
         fuse_gate: `silu(gate) * up`, or gelu, that only feeds quantized layers moves into their first kernel.
         fuse_residual: an addition to a layer's output moves into its last kernel.
+        direct_calls: no rewrite: on CUDA, generated code calls layers and attention without the dispatcher, in memory that Inductor lends.
         compile_ahead: no rewrite: on CUDA, the layers' kernels compile in Inductor's worker processes while it compiles the graph.
 
     Raises:
@@ -32,6 +33,7 @@ class PassConfig:
     fuse_norm: bool | str = AUTO
     fuse_gate: bool | str = AUTO
     fuse_residual: bool | str = AUTO
+    direct_calls: bool | str = AUTO
     compile_ahead: bool | str = AUTO
 
     def __post_init__(self) -> None:

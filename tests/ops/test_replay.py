@@ -107,6 +107,51 @@ def test_constants_keep_their_types(kernel):
     assert kernel.replayed == 4
 
 
+class Launcher:
+    """As Triton's: Python around a compiled function, which takes the kernel's arguments each, or all as one."""
+
+    def __init__(self, nested, varies=False):
+        self.nested, self.calls, self.varies = nested, 0, varies
+        self.launched = []
+        self.launch = lambda *args: self.launched.append(args)
+
+    def __call__(self, x, y, z, stream, function, metadata, *args):
+        self.calls += 1
+        extra = object() if self.varies else None
+        args = (metadata, extra, ("int", "float"), args) if self.nested else (metadata, extra, *args)
+        self.launch(x, y, z, stream, function, *args)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_launchers_are_asked_what_they_call(kernel, nested):
+    """Once, for all launches to come; what they put in or pack stays as it was."""
+    x, out = random(8), random(8)
+    noted = replay._Recorder([x])
+    noted.allocated.append(out)
+    launcher = Launcher(nested)
+    compiled = SimpleNamespace(run=launcher, function=7, packed_metadata=(1,))
+    noted.launched(compiled, (5,), [x, 1.0, out, 1])
+    plan = replay._plan(noted, torch.device("cpu"), 1, out)
+    assert not launcher.launched
+    asked = launcher.calls
+    plan.launch([160, 320], 0)
+    launcher(5, 1, 1, 11, 7, (1,), None, None, None, 160, 1.0, 320, 1)
+    assert launcher.launched[0] == launcher.launched[1] and launcher.calls == asked + 1
+    assert repr(launcher.launched[0]) == repr(launcher.launched[1])
+
+
+def test_launchers_that_give_something_else_each_time_are_called(kernel):
+    x, out = random(8), random(8)
+    noted = replay._Recorder([x])
+    noted.allocated.append(out)
+    launcher = Launcher(False, varies=True)
+    noted.launched(SimpleNamespace(run=launcher, function=7, packed_metadata=(1,)), (5,), [x, out])
+    plan = replay._plan(noted, torch.device("cpu"), 1, out)
+    asked = launcher.calls
+    plan.launch([160, 320], 0)
+    assert launcher.calls == asked + 1 and launcher.launched[0][-2:] == (160, 320)
+
+
 def test_kinds_are_told_apart(kernel):
     def function(x, y, factor):
         out = torch.empty(x.numel())
