@@ -109,7 +109,7 @@ def peers(rows: int, columns: int) -> dict[str, Callable[[torch.Tensor], list[Ca
         def call(weight):
             # the activations' quantization is part of the layer
             x8 = (x / scale.to(x.dtype)).to(torch.float8_e4m3fn)
-            return torch._scaled_mm(x8, weight.t(), scale_a=scale, scale_b=row_scale, out_dtype=torch.bfloat16)
+            return torch._scaled_mm(x8, weight.t(), scale_a=scale, scale_b=row_scale, out_dtype=torch.bfloat16, use_fast_accum=True)
 
         return [lambda w=w: call(w) for w in fp8]
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from ..format.codes import CodesLayout, check_packing, codes_layout, coefficients
 from ..format.mma import fp8_rows, int8_tiles
 from .launch import fp8_products
-from .linear import WeightBlocks, check_activations, input_gradient, rotate_activations, row_blocks, rows_of, wide_dtype
+from .linear import WeightBlocks, check_activations, fp8_matmul, input_gradient, rotate_activations, row_blocks, rows_of, wide_dtype
 from .registry import LIBRARY, NAMESPACE, register, traced
 
 
@@ -102,8 +102,8 @@ def _codes_linear_cuda(
     if int8:
         out = int8_matmul(rotated, act_scale, values, scale.contiguous().view(torch.float32), bias, x.dtype)
     elif fp8:
-        weight, row_scale = values.view(torch.float8_e4m3fn), scale.contiguous().view(torch.float32)
-        out = torch._scaled_mm(rotated, weight.t(), scale_a=act_scale[:, None], scale_b=row_scale.t(), bias=bias, out_dtype=x.dtype)
+        row_scale = scale.contiguous().view(torch.float32).view(-1)
+        out = fp8_matmul(rotated, act_scale, values.view(torch.float8_e4m3fn), row_scale, bias, x.dtype)
     else:
         out = F.linear(_round(rotated, layout.tile, mma), coefficients(qdata, scale, lattice, x.dtype), bias)
     return out.view(*x.shape[:-1], rows)

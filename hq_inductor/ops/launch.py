@@ -243,9 +243,15 @@ def linear_launch(batch: int, rows: int, tiles: int, processors: int, row_bytes:
     strips = -(-rows // WARP_ROWS)
     if columns == MMA_COLUMNS and num_warps == 8 and slots < strips <= slots * 3 // 2:
         # a strip for each of three blocks takes less than two for one of two
-        return LinearLaunch(columns, strips, num_warps, TIGHT_REGISTERS)
+        return LinearLaunch(columns, strips, _working_warps(num_warps, tiles), TIGHT_REGISTERS)
     waves = -(-strips // (slots * most_strips(columns, num_warps, row_bytes)))
-    return LinearLaunch(columns, min(strips, slots * waves), num_warps, REGISTERS[columns])
+    blocks = max(1, min(strips, slots * waves))
+    return LinearLaunch(columns, blocks, _working_warps(num_warps, -(-strips // blocks) * tiles), REGISTERS[columns])
+
+
+def _working_warps(most: int, tiles: int) -> int:
+    """Warps of a block with so many tiles: none without, but one alone takes too long to load the decoder's table."""
+    return min(most, max(2, 1 << max(0, tiles - 1).bit_length()))
 
 
 def _ring_launch(batch: int, rows: int, tiles: int, processors: int, row_bytes: int, fp8: bool) -> tuple[RingLaunch, float]:

@@ -208,7 +208,7 @@ def library_linear(
     if int8:
         return int8_matmul(rotated, act_scale, weight, scale, joined, x.dtype)
     if fp8:
-        return torch._scaled_mm(rotated, weight.t(), scale_a=act_scale[:, None], scale_b=scale[None], bias=joined, out_dtype=x.dtype)
+        return fp8_matmul(rotated, act_scale, weight, scale, joined, x.dtype)
     if mma in ("nvfp4", "mxfp4") and x.dtype != torch.float32 and block_scaled_products(x.device):
         from .fused_fp4 import block_scaled_matmul
 
@@ -216,6 +216,18 @@ def library_linear(
         return block_scaled_matmul(quantize(rotated), quantize(weight), joined, x.dtype)
     rotated, weight = round_operands(rotated, weight, mma, layouts[0].tile)
     return F.linear(rotated, weight, joined)
+
+
+def fp8_matmul(
+    x: torch.Tensor, act_scale: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """`[M, N]` in `dtype` of e4m3 `x`, `[M, K]`, and `weight`, `[N, K]`, with fp32 scales of their rows.
+
+    Sums as tensor cores keep them, of some 14 bits, as in the fused kernel. Promoted ones took 10 % longer at 1024 and 4096 rows for a
+    relative error of 0.0017 instead of 0.0021 to 0.0033 (H100, K from 4096 to 14336), where e4m3 operands alone cost 0.037.
+    """
+    scales = {"scale_a": act_scale[:, None], "scale_b": scale[None]}
+    return torch._scaled_mm(x, weight.t(), **scales, bias=bias, out_dtype=dtype, use_fast_accum=True)
 
 
 def _takes_blocked(x: torch.Tensor, rows: list[int], columns: int) -> bool:

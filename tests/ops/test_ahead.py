@@ -102,7 +102,7 @@ def test_compiles_what_a_call_launches(compiled, batch, mma, kernels):
     assert [name for name, _, _ in compiled] == kernels
     for _, given, options in compiled:
         assert not any(isinstance(value, torch.Tensor) for value in given.values())
-        assert options["num_warps"] in (1, 4, 8)
+        assert options["num_warps"] in (1, 2, 4, 8)
     if batch == 1:
         given = compiled[1][1]
         assert (given["out_ptr"], given["words_ptr"], given["act_scale_ptr"]) == (torch.bfloat16, torch.int32, torch.float32)

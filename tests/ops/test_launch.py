@@ -91,11 +91,13 @@ def test_blocks_live_at_once_and_share_the_work(rows, processors):
                 assert -(-strips // most) <= launch.blocks <= strips
                 # all live at once, or as many several times
                 assert launch.blocks * column_blocks <= max(column_blocks, slots) or launch.blocks % (slots // column_blocks) == 0
-                # no warp has many more tiles to decode than an equal share among all that can live at once
+                # no warp has none, but one that loads tables; none has more than one, or many more than an equal share among all that can
+                # live at once
+                assert launch.num_warps <= max(2, 2 * -(-strips // launch.blocks) * tiles)
                 waves = -(-launch.blocks * column_blocks // slots)
                 turns = -(-strips // launch.blocks) * tiles / launch.num_warps * waves
                 share = strips * tiles * column_blocks / (launch.num_warps * slots)
-                assert turns < share + (waves + 1) * tiles / launch.num_warps
+                assert turns <= waves or turns < share + (waves + 1) * tiles / launch.num_warps
                 taken = launch.num_warps * (buffer_bytes(stream) or 64 * launch.columns) + 64 * launch.columns * (most - 1)
                 assert TABLE_BYTES.value + taken <= SHARED_BYTES.value
 
@@ -112,6 +114,13 @@ def test_blocks_of_a_weight():
     assert dealt(14336, 4096) == dealt(28672, 8192) == (264, 128)
     # more strips than two blocks per multiprocessor can have
     assert dealt(128256, 4096) == (1056, 128)
+
+
+def test_warps_have_tiles():
+    """Small layers have fewer warps per block, each of which has a tile; one warp alone takes too long to load the table."""
+    warps = [linear_launch(1, 256, tiles, 132, 64, True).num_warps for tiles in (1, 2, 3, 4, 5, 8, 28)]
+    assert warps == [2, 2, 4, 4, 8, 8, 8]
+    assert linear_launch(1, 28672, 1, 132, 64, True) == LinearLaunch(8, 264, 8, 128)
 
 
 @pytest.mark.parametrize("rows", [(4096, 1024, 1024), (5,), (16, 0, 40), (28672, 16), (100, 100, 100, 20000)])

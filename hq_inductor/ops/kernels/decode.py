@@ -251,7 +251,7 @@ def decode_kernel(
     END: tl.constexpr = 32 * STREAM
     GROUPS: tl.constexpr = TILE // 128
     CHUNKED: tl.constexpr = ALIGNED and LATTICE != "d4" and GROUPS <= 4 and K * GROUPS % 4 == 0
-    FIRST: tl.constexpr = (K - 1) // 4 + 1
+    CHUNKS: tl.constexpr = K * GROUPS // 4
     # of a warp: two buffers, used in turns
     BUFFER: tl.constexpr = 16 * (ROW_BYTES + ROW_GAP)
     thread = tl.arange(0, 32 * NUM_WARPS)
@@ -279,8 +279,8 @@ def decode_kernel(
     next_u = words_ptr + tile_offset(strip, r, t, N, tiles, WORDS)
     next_v = words_ptr + tile_offset(strip, r + 8, t, N, tiles, WORDS)
     if CHUNKED:
-        ahead_u = load_chunks((), next_u, j, 0, FIRST)
-        ahead_v = load_chunks((), next_v, j, 0, FIRST)
+        ahead_u = load_chunks((), next_u, j, 0, CHUNKS)
+        ahead_v = load_chunks((), next_v, j, 0, CHUNKS)
     else:
         ahead_u = load_raw(next_u, 0, j, K, LATTICE, GROUPS)
         ahead_v = load_raw(next_v, 0, j, K, LATTICE, GROUPS)
@@ -347,15 +347,12 @@ def decode_kernel(
         outs = (out_u, out_v, even_u, odd_u, even_v, odd_v, mask_u, mask_v)
         streams = (tile_u + RAW, tile_v + RAW)
         if CHUNKED:
+            # a tile's time ahead: memory that is written to as well answers late
             words_u = ahead_u
             words_v = ahead_v
+            ahead_u = load_chunks((), next_u, j, 0, CHUNKS)
+            ahead_v = load_chunks((), next_v, j, 0, CHUNKS)
             for g in tl.static_range(GROUPS):
-                if g + 1 < GROUPS:
-                    words_u = load_chunks(words_u, tile_u, j, (K * g + K - 1) // 4 + 1, (K * g + 2 * K - 1) // 4 + 1)
-                    words_v = load_chunks(words_v, tile_v, j, (K * g + K - 1) // 4 + 1, (K * g + 2 * K - 1) // 4 + 1)
-                else:
-                    ahead_u = load_chunks((), next_u, j, 0, FIRST)
-                    ahead_v = load_chunks((), next_v, j, 0, FIRST)
                 raw_u = ()
                 raw_v = ()
                 for w in tl.static_range(K):
