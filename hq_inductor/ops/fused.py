@@ -361,7 +361,7 @@ def decode(
         dtype: int8 for codes; or of the rotated weight: fp32, bf16, fp16 or float8_e4m3fn.
         row_scale: divide each row by a scale that brings what its tiles can hold into the range of e4m3.
         out: where to write it, contiguous, or None.
-        blocks: thread blocks that the tiles of all rows are dealt to; None chooses.
+        blocks: thread blocks whose warps the tiles of all rows are dealt to; None chooses.
         after_rotation: the kernel before is `rotate`'s or the decoder after it, with which this one may run at the same time.
 
     Returns:
@@ -437,13 +437,12 @@ def _launch_decode(
     rows, tiles, words = qdata.shape
     stream_bytes = row_bytes(layout.stream_words) if qdata.is_cuda else 0
     num_warps = decode_warps(stream_bytes)
-    panels = -(-rows // (WARP_ROWS * num_warps))
     pdl = after_rotation and dependent_launch(qdata.device)
     if blocks is None:
-        blocks = decode_launch_blocks(panels, tiles, multiprocessors(qdata.device) if qdata.is_cuda else 1)
+        blocks = decode_launch_blocks(rows, tiles, num_warps, multiprocessors(qdata.device) if qdata.is_cuda else 1)
     ahead.launch(
         decode_kernel,
-        (min(blocks, panels * tiles),),
+        (blocks,),
         qdata,
         layout.table(qdata.device),
         row_scale_out,

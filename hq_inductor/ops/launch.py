@@ -320,9 +320,10 @@ def deal_blocks(rows: Sequence[int], blocks: int, most: int) -> list[int]:
     return dealt
 
 
-def decode_launch_blocks(panels: int, tiles: int, processors: int) -> int:
-    """Blocks that the decoder's panels of tiles are dealt to: two per multiprocessor, as for the linear kernel."""
-    return max(1, min(panels * tiles, 2 * processors))
+def decode_launch_blocks(rows: int, tiles: int, num_warps: int, processors: int) -> int:
+    """Blocks whose warps the decoder's tiles of 16 rows are dealt to: 8 warps per multiprocessor keep the memory as busy as 16 do."""
+    units = -(-rows // WARP_ROWS) * tiles
+    return max(1, min(-(-units // num_warps), processors * (8 // num_warps)))
 
 
 def row_launch(batch: int, tiles: int, block: int, parts: int) -> RowLaunch | None:

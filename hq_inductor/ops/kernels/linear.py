@@ -33,7 +33,7 @@ from .shared import (
     wait_copies,
 )
 from .tile import decode_vector, first_cursor, first_window, header_word, load_raw, next_quads, read_header, restore_signs
-from .warp import mma_s8, own_warp
+from .warp import mma_s8, own_warp, rounds_of
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -49,11 +49,6 @@ def most_strips(columns: int, num_warps: int, row_bytes: int) -> int:
 if INTERPRETED:
 
     @triton.jit
-    def _rounds(count):
-        """Rounds of a loop that lasts until all warps are done."""
-        return tl.max(count, 0)
-
-    @triton.jit
     def _sum_of_strip(totals, mine, NUM_WARPS: tl.constexpr):
         """Sums over the warps whose totals are `mine`, in all of them."""
         sums = ()
@@ -61,12 +56,6 @@ if INTERPRETED:
             apart = tl.reshape(tl.where(mine, totals[i], 0.0), [NUM_WARPS, 32])
             sums = sums + (tl.reshape(tl.broadcast_to(tl.sum(apart, 0)[None, :], [NUM_WARPS, 32]), [32 * NUM_WARPS]),)
         return sums
-
-else:
-
-    @triton.jit
-    def _rounds(count):
-        return count
 
 
 @triton.jit
@@ -326,7 +315,7 @@ def linear_kernel(
     left = totals  # under the interpreter: sums of a strip that the warp left, and its number
     left_strip = strip * 0 - 1
     buffer = 0
-    for i in range(_rounds(mine)):
+    for i in range(rounds_of(mine)):
         # what comes next: the same again after the last one
         wraps = (t + 1 == tiles) & (i + 1 < mine)
         next_strip = tl.where(wraps, strip + 1, strip)

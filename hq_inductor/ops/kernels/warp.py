@@ -120,6 +120,10 @@ if INTERPRETED:
     def own_warp(x, thread):
         return thread // 32
 
+    @triton.jit
+    def rounds_of(count):
+        return tl.max(count, 0)
+
 else:
 
     @triton.jit
@@ -286,6 +290,11 @@ else:
         `x` is any int32 scalar.
         """
         return tl.inline_asm_elementwise("{.reg .b32 t; mov.u32 t, %tid.x; shr.u32 $0, t, 5;}", "=r,r", [x], tl.int32, is_pure=True, pack=1)
+
+    @triton.jit
+    def rounds_of(count):
+        """Rounds of a loop of so many of each warp; under the interpreter as many for all, the last warp's."""
+        return count
 
     @triton.jit
     def sync_warp(thread):
