@@ -6,8 +6,9 @@ Why.     An op called through the dispatcher costs the host about 20 us beside i
 Before.  `buf0 = torch.ops.hyperquant.rice_linear.no_grad(x, qdata, None, None, "e8", ...)`
 After.   `buf0 = empty_strided_cuda((4352,), (1,), torch.uint8)`, `buf1 = empty_strided_cuda((1, 4096), ...)`,
          `hyperquant_rice_linear_1f3a(x, qdata, buf0, out=buf1)`; the name is a `hq_inductor.ops.replay.CallSite` of the generated module.
-Not.     Sizes vary; the call does more than allocate and launch (copies of inputs, library products); C++ wrappers and exported programs,
-         which have no Python to call. Those keep the op.
+Sizes.   Where they vary, nobody knows before what memory a call needs: `buf0 = hyperquant_rice_linear_52b0(x, qdata)`, a `VaryingCallSite`.
+Not.     The call does more than allocate and launch (copies of inputs, library products); C++ wrappers and exported programs, which have no
+         Python to call. Those keep the op.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .ops.registry import CALL_SITES, cuda_function
 from .ops.replay import Slot
 from .passes.config import current_config
 
-_IMPORTS = ("from hq_inductor.ops.registry import call_site", "from hq_inductor.ops.replay import Slot")
+_IMPORTS = ("from hq_inductor.ops.registry import call_site, varying_call_site", "from hq_inductor.ops.replay import Slot")
 
 
 _enabled = False
@@ -65,6 +66,7 @@ def _direct_call(op: torch._ops.OpOverload, args: tuple, kwargs: dict):
     """Inductor's node of a call without the dispatcher, or None."""
     from torch._inductor import ir
     from torch._inductor.lowering import lowerings
+    from torch._inductor.utils import convert_shape_to_inductor
     from torch._inductor.virtualized import V
 
     graph = V.graph
@@ -88,22 +90,38 @@ def _direct_call(op: torch._ops.OpOverload, args: tuple, kwargs: dict):
     arguments = [slot(argument) for argument in arguments]
     if not nodes or any(node.get_device() is None or not _lowers_on(node.get_device()) for node in nodes):
         return None
+    if not all(_is_constant(argument) for argument in arguments):
+        return None
     realized = [ir.ExternKernel.realize_input(node) for node in nodes]
     described = [_described(node) for node in realized]
-    if None in described:
-        return None
-    memory = memory_of(cuda_function(op), tuple(described), arguments)
-    if memory is None:
-        return None
-    device, size = realized[0].get_device(), memory.shape
-    if memory.scratch:
-        empty = lowerings[torch.ops.aten.empty_strided.default]
-        scratch = empty([memory.scratch], [1], dtype=torch.uint8, device=device)
-        realized.append(ir.ExternKernel.realize_input(scratch))
-    text = f"call_site({op._opname!r}, {memory.scratch}, {arguments!r})"
+    device, varying = realized[0].get_device(), [i for i, known in enumerate(described) if known is None]
+    if varying:
+        value = graph.current_node.meta.get("val")
+        if not isinstance(value, torch.Tensor) or not value.is_contiguous():
+            return None
+        text, dtype, size = (
+            f"varying_call_site({op._opname!r}, {varying}, {arguments!r})",
+            value.dtype,
+            convert_shape_to_inductor(value.shape),
+        )
+    else:
+        memory = memory_of(cuda_function(op), tuple(described), arguments)
+        if memory is None:
+            return None
+        if memory.scratch:
+            empty = lowerings[torch.ops.aten.empty_strided.default]
+            scratch = empty([memory.scratch], [1], dtype=torch.uint8, device=device)
+            realized.append(ir.ExternKernel.realize_input(scratch))
+        text, dtype, size = f"call_site({op._opname!r}, {memory.scratch}, {arguments!r})", memory.dtype, list(memory.shape)
     name = f"hyperquant_{op._opname}_{hashlib.sha256(repr((text, described)).encode()).hexdigest()[:8]}"
-    layout = ir.FixedLayout(device, memory.dtype, list(size))
-    return ir.TensorBox.create(_direct_call_node()(layout=layout, inputs=realized, python_kernel_name=name, site=f"{name} = {text}"))
+    layout, node = ir.FixedLayout(device, dtype, size), _direct_call_nodes()[bool(varying)]
+    return ir.TensorBox.create(node(layout=layout, inputs=realized, python_kernel_name=name, site=f"{name} = {text}"))
+
+
+def _is_constant(argument: object) -> bool:
+    if isinstance(argument, list):
+        return all(map(_is_constant, argument))
+    return argument is None or isinstance(argument, Slot | bool | int | float | str)
 
 
 def _lowers_on(device: torch.device) -> bool:
@@ -122,12 +140,13 @@ def _described(node) -> tuple | None:
 
 
 @functools.cache
-def _direct_call_node() -> type:
+def _direct_call_nodes() -> tuple[type, type]:
+    """Of a `CallSite`, and of a `VaryingCallSite`, which allocates."""
     # Inductor, which needs a second to import, is there when this is called
     from torch._inductor import ir
 
-    class DirectCall(ir.ExternKernelOut):
-        """A call of a `CallSite`, which it defines."""
+    class DirectCall:
+        """Defines its site, and calls it."""
 
         def __init__(self, site: str, **arguments) -> None:
             super().__init__(**arguments)
@@ -143,4 +162,10 @@ def _direct_call_node() -> type:
                 module.add_import_once(line)
             super().codegen(wrapper)
 
-    return DirectCall
+    class DirectCallOut(DirectCall, ir.ExternKernelOut):
+        pass
+
+    class DirectCallAlloc(DirectCall, ir.ExternKernelAlloc):
+        pass
+
+    return DirectCallOut, DirectCallAlloc

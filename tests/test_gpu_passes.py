@@ -138,23 +138,27 @@ def test_what_is_compiled_ahead_is_what_is_launched(batch, mma):
     assert compiled() == ready > before and hits and all(hits)
 
 
-@pytest.mark.parametrize("rows", [1, 40, 300])
+@pytest.mark.parametrize("rows", [(1,), (40,), (300,), (5, 40, 300)], ids=str)
 def test_generated_code_launches_by_itself(rows):
-    """Every layer from the plan of its call site, in memory that Inductor lends: bit for bit what dispatched calls give."""
+    """Every layer from the plan of its call site, where sizes vary from one of each size: bit for bit what dispatched calls give."""
     torch.use_deterministic_algorithms(False)
     replay.forget_plans()
     model = quantized(LlamaBlock(), torch.bfloat16).cuda()
-    inputs = [cuda(1, rows, 128) for _ in range(4)]
-    outs = {}
+    inputs = [cuda(1, n, 128) for n in rows for _ in range(3)]
+    outs, before = {}, set(replay._sites)
     with torch.no_grad(), torch.compiler.config.patch(force_disable_caches=True):
         for direct in (False, True):
             with configured(direct_calls=direct):
-                compiled = torch.compile(model, fullgraph=True, dynamic=False)
+                compiled = torch.compile(model, fullgraph=True, dynamic=len(rows) > 1)
                 _, (code,) = run_and_get_code(compiled, inputs[0])
             # comments name the ops too
             calls = re.findall(r"^ +\w+ = torch\.ops\.hyperquant\.", code, re.M)
-            assert bool(calls) != direct and ("call_site" in code) == direct
+            assert bool(calls) != direct and ("call_site(" in code) == direct
             outs[direct] = [compiled(x) for x in inputs]
             torch._dynamo.reset()
     assert all(torch.equal(a, b) for a, b in zip(outs[False], outs[True], strict=True))
-    assert replay._sites and all(isinstance(site.plan, replay.Plan) for site in replay._sites)
+    sites = set(replay._sites) - before
+    assert sites
+    for site in sites:
+        plans = [site.plan] if isinstance(site, replay.CallSite) else list(site.plans.values())
+        assert len(plans) == len(rows) and all(isinstance(plan, replay.Plan) for plan in plans)

@@ -91,6 +91,14 @@ def make_model(*widths, bias=True):
     return model
 
 
+def arguments(linear):
+    return linear.qdata, None
+
+
+def rest(linear):
+    return linear.lattice, linear.tile, linear.code, linear.seed, linear.mma
+
+
 def compiled_code(model, x, **options):
     out, (code,) = run_and_get_code(torch.compile(model, **options), x)
     return out, code
@@ -108,7 +116,7 @@ def test_generated_code_calls_without_the_dispatcher(kernels):
         torch.testing.assert_close(out, model(x))
         # layers of a kind share what the first of them recorded
         assert (kernels.first.bound, kernels.second.replayed) == (2, 1 + 3 * i)
-    assert "torch.ops.hyperquant" not in code
+    assert "= torch.ops.hyperquant" not in code
     # of three layers two are alike
     assert len(re.findall(r"^hyperquant_rice_linear_\w+ = call_site", code, re.M)) == 2
     assert len(re.findall(r"^ +hyperquant_rice_linear_\w+\(", code, re.M)) == 3
@@ -125,15 +133,37 @@ def test_switched_off(kernels):
     assert kernels.first.bound == 0
 
 
-def test_sizes_that_vary_keep_the_op(kernels):
-    model = make_model(256, 128)
+def test_sizes_that_vary(kernels):
+    """One site for all, and a plan for each size."""
+    model = make_model(256, 256, 128)
     compiled = torch.compile(model, dynamic=True)
-    for batch in (3, 5):
+    sizes = (3, 5, 3, 5, 7)
+    for i, batch in enumerate(sizes):
         x = torch.randn(batch, 256)
-        out, codes = run_and_get_code(compiled, x)
+        if i == 0:
+            out, (code,) = run_and_get_code(compiled, x)
+        else:
+            out = compiled(x)
         torch.testing.assert_close(out, model(x))
-        assert not any("call_site" in code for code in codes)
-    assert kernels.first.bound == 0
+        assert (kernels.first.bound, kernels.first.replayed) == ((2, 0), (4, 0), (4, 2), (4, 4), (6, 4))[i]
+    assert "= torch.ops.hyperquant" not in code
+    assert len(re.findall(r"^hyperquant_rice_linear_\w+ = varying_call_site\('rice_linear', \[0\]", code, re.M)) == 2
+    replay.forget_plans()
+    compiled(x)
+    assert kernels.first.bound == 8
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_inputs_at_one_address(kernels, together):
+    """Which of them a kernel had cannot be told: such calls are served, and recorded when they are apart."""
+    linear = make_model(128, 128)[0]
+    compiled = torch.compile(lambda x, bias: torch.ops.hyperquant.rice_linear.default(x, *arguments(linear), bias, *rest(linear)))
+    for i in range(4):
+        x, bias = torch.randn(1, 128), torch.randn(128)
+        if together and i == 0:
+            bias = x[0]
+        torch.testing.assert_close(compiled(x, bias), torch.ops.hyperquant.rice_linear(x, *arguments(linear), bias, *rest(linear)))
+    assert kernels.first.bound == (2 if together else 1)
 
 
 def test_calls_that_do_more_keep_the_op(kernels):

@@ -9,7 +9,7 @@ import torch
 from torch._guards import TracingContext
 
 from ..format.layout import TileLayout
-from .replay import CallSite, replayed
+from .replay import CallSite, VaryingCallSite, replayed
 
 NAMESPACE = "hyperquant"
 # Library.define + impl costs 5.6 us per eager call where torch.library.custom_op costs 17 (measured, 2-core CPU, torch 2.13)
@@ -46,6 +46,11 @@ def cuda_function(op: torch._ops.OpOverload) -> Callable:
 def call_site(name: str, scratch: int, arguments: list) -> CallSite:
     """For generated code: calls of an op on CUDA, arguments as of `CallSite`."""
     return CallSite(_CUDA[name], scratch, arguments)
+
+
+def varying_call_site(name: str, varying: list[int], arguments: list) -> VaryingCallSite:
+    """As `call_site`, arguments as of `VaryingCallSite`."""
+    return VaryingCallSite(_CUDA[name], varying, arguments)
 
 
 def _on_own_device(function: Callable) -> Callable:

@@ -299,7 +299,7 @@ def forget_plans() -> None:
     """Record anew: for what changes how calls are launched."""
     _plans.clear()
     for site in _sites:
-        site.plan, site.failures = None, 0
+        site.forget()
 
 
 def replayable(pointers: Sequence[int]) -> bool:
@@ -329,8 +329,12 @@ def _kind(args: Sequence, key: list, tensors: list[torch.Tensor], pointers: list
             pointers.append(arg.data_ptr())
 
 
-def recorded(function: Callable, args: Sequence, tensors: list[torch.Tensor]) -> tuple[torch.Tensor | None, Plan | None]:
-    """What a call gives, and a plan of it if there can be one; `tensors` among its arguments, the first one's device is the current one."""
+def _recorded(
+    function: Callable, args: Sequence, tensors: list[torch.Tensor], pointers: list[int], failures: int
+) -> tuple[torch.Tensor | None, Plan | int]:
+    """What a call gives, and a plan of it, or how many times there was none; `tensors` among its arguments, at `pointers`."""
+    if failures >= MOST_FAILURES or recorder() is not None or not replayable(pointers):
+        return function(*args), failures
     noted = _Recorder(tensors)
     _recording.recorder = noted
     try:
@@ -338,7 +342,26 @@ def recorded(function: Callable, args: Sequence, tensors: list[torch.Tensor]) ->
             out = function(*args)
     finally:
         _recording.recorder = None
-    return out, _plan(noted, tensors[0].device, len(tensors), out)
+    addresses = [pointer for pointer in pointers if pointer]
+    if len(set(addresses)) < len(addresses):
+        # another time they may be apart
+        return out, failures
+    return out, _plan(noted, tensors[0].device, len(tensors), out) or failures + 1
+
+
+def _from_plans(
+    plans: dict[tuple, Plan | int], kind: tuple, function: Callable, args: Sequence, tensors: list[torch.Tensor], pointers: list[int]
+) -> torch.Tensor | None:
+    """A call by the plan of its kind, which is recorded if there is none."""
+    plan = plans.get(kind, 0)
+    if plan.__class__ is Plan:
+        return plan.run(pointers) if replayable(pointers) else function(*filled(args, tensors))
+    out, outcome = _recorded(function, filled(args, tensors), tensors, pointers, plan)
+    if outcome != plan:
+        if len(plans) >= MOST_PLANS:
+            plans.clear()
+        plans[kind] = outcome
+    return out
 
 
 def replayed(function: Callable[..., torch.Tensor | None]) -> Callable[..., torch.Tensor | None]:
@@ -352,21 +375,7 @@ def replayed(function: Callable[..., torch.Tensor | None]) -> Callable[..., torc
         tensors: list[torch.Tensor] = []
         pointers: list[int] = []
         _kind(args, key, tensors, pointers)
-        kind = tuple(key)
-        plan = _plans.get(kind, 0)
-        if not replayable(pointers):
-            return function(*args)
-        if plan.__class__ is Plan:
-            return plan.run(pointers)
-        if plan >= MOST_FAILURES or recorder() is not None:
-            return function(*args)
-        out, made = recorded(function, args, tensors)
-        addresses = [pointer for pointer in pointers if pointer]
-        if len(set(addresses)) == len(addresses):
-            if len(_plans) >= MOST_PLANS:
-                _plans.clear()
-            _plans[kind] = made or plan + 1
-        return out
+        return _from_plans(_plans, tuple(key), function, args, tensors, pointers)
 
     return call
 
@@ -377,47 +386,64 @@ class CallSite:
     Args:
         function: the op's on CUDA, which gives one tensor of its own.
         scratch: bytes of memory that comes with each call, after the tensors, if any.
-        arguments: of the op; a `Slot` for each tensor.
+        arguments: of the op; a `Slot` for each tensor. The first tensor's device is the current one.
     """
 
     def __init__(self, function: Callable[..., torch.Tensor], scratch: int, arguments: Sequence) -> None:
         self.function, self.scratch, self.arguments = function, scratch, arguments
-        self.plan: Plan | None = None
-        self.failures = 0
+        self.forget()
         _sites.add(self)
+
+    def forget(self) -> None:
+        self.plan: Plan | int = 0
 
     def __call__(self, *tensors: torch.Tensor, out: torch.Tensor) -> None:
         """Write the result to `out`, contiguous, of its shape and dtype."""
         pointers = [tensor.data_ptr() for tensor in tensors]
-        result = out.data_ptr()
-        if not replayable([*pointers, result]):
-            out.copy_(self._call(tensors))
-            return
+        pointers.append(out.data_ptr())
         plan = self.plan
-        if plan is None:
-            self._record(tensors, out)
+        if plan.__class__ is not Plan or not replayable(pointers):
+            self._call(tensors, out)
             return
-        scratch = pointers.pop() if self.scratch else 0
-        pointers.append(result)
+        scratch = pointers.pop(-2) if self.scratch else 0
         if plan.scratch > self.scratch:
             memory = _allocate((plan.scratch,), (1,), torch.uint8)
             scratch = memory.data_ptr()
         plan.launch(pointers, scratch)
 
-    def _arguments(self, tensors: Sequence[torch.Tensor]) -> list:
-        return filled(self.arguments, tensors)
-
-    def _call(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        return self.function(*self._arguments(tensors))
-
-    def _record(self, tensors: Sequence[torch.Tensor], out: torch.Tensor) -> None:
-        if self.failures >= MOST_FAILURES or recorder() is not None:
-            out.copy_(self._call(tensors))
-            return
+    def _call(self, tensors: Sequence[torch.Tensor], out: torch.Tensor) -> None:
         given = list(tensors[:-1] if self.scratch else tensors)
-        result, self.plan = recorded(self.function, self._arguments(tensors), given)
-        self.failures += self.plan is None
+        arguments = filled(self.arguments, given)
+        if self.plan.__class__ is Plan:
+            result = self.function(*arguments)
+        else:
+            pointers = [tensor.data_ptr() for tensor in given]
+            result, self.plan = _recorded(self.function, arguments, given, pointers, self.plan)
         out.copy_(result)
+
+
+class VaryingCallSite:
+    """Calls of an op in generated code whose sizes vary: without the dispatcher, and with shorter keys.
+
+    Args:
+        function, arguments: as of `CallSite`.
+        varying: which tensors do.
+    """
+
+    def __init__(self, function: Callable[..., torch.Tensor], varying: Sequence[int], arguments: Sequence) -> None:
+        self.function, self.varying, self.arguments = function, varying, arguments
+        self.forget()
+        _sites.add(self)
+
+    def forget(self) -> None:
+        self.plans: dict[tuple, Plan | int] = {}
+
+    def __call__(self, *tensors: torch.Tensor) -> torch.Tensor:
+        kind: tuple = ()
+        for i in self.varying:
+            kind += (tensors[i].shape, tensors[i].stride())
+        pointers = [tensor.data_ptr() for tensor in tensors]
+        return _from_plans(self.plans, kind, self.function, self.arguments, list(tensors), pointers)
 
 
 @dataclass(frozen=True)
@@ -434,4 +460,4 @@ def filled(argument: object, tensors: Sequence[torch.Tensor]) -> object:
     return [filled(item, tensors) for item in argument] if isinstance(argument, list | tuple) else argument
 
 
-_sites: weakref.WeakSet[CallSite] = weakref.WeakSet()
+_sites: weakref.WeakSet[CallSite | VaryingCallSite] = weakref.WeakSet()
