@@ -29,6 +29,7 @@ from torch import nn
 from tqdm import tqdm
 
 from hq_inductor import HyperQuantLinear, HyperQuantTensor
+from hq_inductor.passes import configured
 
 KINDS = ("linear", "linear, empty", "ours", "ours, empty", "subclass, empty")
 BASE = {"ours": "linear", "ours, empty": "linear, empty", "subclass, empty": "linear, empty"}
@@ -61,7 +62,7 @@ class EmptyLinear(nn.Linear):
 
 @contextlib.contextmanager
 def empty_kernels() -> Iterator[None]:
-    """`hyperquant::rice_linear` returns at once, uninitialized memory."""
+    """`hyperquant::rice_linear` returns at once, uninitialized memory. Generated code calls it by the dispatcher, or would not find it."""
     library = torch.library.Library("hyperquant", "IMPL")
 
     def call(x, qdata, act_pre_scale, bias, lattice, tile, code, seed, mma="auto"):
@@ -73,7 +74,8 @@ def empty_kernels() -> Iterator[None]:
             for overload in ("rice_linear", "rice_linear.no_grad"):
                 library.impl(overload, call, key, allow_override=True)
     try:
-        yield
+        with configured(direct_calls=False):
+            yield
     finally:
         library._destroy()
 

@@ -18,11 +18,11 @@ from torch._dynamo import register_backend
 from torch._inductor.custom_graph_pass import CustomGraphModulePass
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .lowering import enable_direct_calls
 from .ops.ahead import prepare_workers
 from .ops.registry import on_first_trace
 from .passes.compile_ahead import compile_ahead
 from .passes.config import current_config
+from .passes.direct_calls import enable_direct_calls
 from .passes.pipeline import rewrite, uuid
 
 DEVICES = ("cpu", "cuda")

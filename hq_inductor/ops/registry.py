@@ -16,7 +16,7 @@ NAMESPACE = "hyperquant"
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 _CUDA: dict[str, Callable] = {}
-# ops that generated code calls without the dispatcher (`hq_inductor.lowering`)
+# ops that generated code calls without the dispatcher (`hq_inductor.passes.direct_calls`)
 CALL_SITES: list[str] = []
 
 

@@ -14,10 +14,10 @@ from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import _disable_current_modes
 from torchao.quantization import quantize_
 
-from hq_inductor import hyperquant_weight, lowering
+from hq_inductor import hyperquant_weight
 from hq_inductor.ops import ahead, registry, replay
 from hq_inductor.ops.linear import _rice_linear
-from hq_inductor.passes import configured
+from hq_inductor.passes import configured, direct_calls
 
 
 def memory(address, shape, dtype):
@@ -75,7 +75,7 @@ def kernels(monkeypatch):
     monkeypatch.setattr(replay, "_stream", lambda device: 11)
     monkeypatch.setattr(replay, "_allocate", lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype))
     monkeypatch.setattr(ahead, "_settle_keys", lambda module: None)
-    monkeypatch.setattr(lowering, "_lowers_on", lambda device: True)
+    monkeypatch.setattr(direct_calls, "_lowers_on", lambda device: True)
     # on a CPU too
     monkeypatch.setitem(registry._CUDA, "rice_linear", linear)
     torch._dynamo.reset()
@@ -188,7 +188,7 @@ def test_more_memory_than_was_lent(kernels, monkeypatch):
     """Launches chosen anew may hand over more than generated code knew of."""
     model, x = make_model(256, 128), torch.randn(3, 256)
     plain = ahead.memory_of
-    monkeypatch.setattr(lowering, "memory_of", lambda *args: dataclasses.replace(plain(*args), scratch=256))
+    monkeypatch.setattr(direct_calls, "memory_of", lambda *args: dataclasses.replace(plain(*args), scratch=256))
     compiled = torch.compile(model)
     for i in range(3):
         torch.testing.assert_close(compiled(x), model(x))

@@ -19,10 +19,10 @@ from collections.abc import Callable
 
 import torch
 
-from .ops.ahead import memory_of
-from .ops.registry import CALL_SITES, cuda_function
-from .ops.replay import Slot
-from .passes.config import current_config
+from ..ops.ahead import memory_of
+from ..ops.registry import CALL_SITES, cuda_function
+from ..ops.replay import Slot
+from .config import current_config
 
 _IMPORTS = ("from hq_inductor.ops.registry import call_site, varying_call_site", "from hq_inductor.ops.replay import Slot")
 
