@@ -23,7 +23,7 @@ CALL_SITES: list[str] = []
 def register(schema: str, fake: Callable, tags: tuple[torch.Tag, ...] = (), replay: bool = False, **by_device: Callable) -> None:
     """Define `hyperquant::<schema>` with a fake kernel and one implementation per dispatch key (`CPU=`, `CUDA=`).
 
-    `replay`: on CUDA it gives one new tensor or none, and may launch what it launched before (`hq_inductor.ops.replay`).
+    `replay`: on CUDA it gives one new tensor, contiguous, or none, and may launch what it launched before (`hq_inductor.ops.replay`).
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=tags)

@@ -97,7 +97,7 @@ def _direct_call(op: torch._ops.OpOverload, args: tuple, kwargs: dict):
     device, varying = realized[0].get_device(), [i for i, known in enumerate(described) if known is None]
     if varying:
         value = graph.current_node.meta.get("val")
-        if not isinstance(value, torch.Tensor) or not value.is_contiguous():
+        if not isinstance(value, torch.Tensor):
             return None
         text, dtype, size = (
             f"varying_call_site({op._opname!r}, {varying}, {arguments!r})",

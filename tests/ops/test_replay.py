@@ -140,6 +140,23 @@ def test_launchers_are_asked_what_they_call(kernel, nested):
     assert repr(launcher.launched[0]) == repr(launcher.launched[1])
 
 
+def test_launchers_that_look_at_their_arguments_are_called(kernel):
+    x, out = random(8), random(8)
+    noted = replay._Recorder([x])
+    noted.allocated.append(out)
+    launched = []
+
+    class Curious(Launcher):
+        def __call__(self, *args):
+            assert all(isinstance(arg, int) for arg in args[-2:])
+            launched.append(args)
+
+    noted.launched(SimpleNamespace(run=Curious(False), function=7, packed_metadata=(1,)), (5,), [x, out])
+    plan = replay._plan(noted, torch.device("cpu"), 1, out)
+    plan.launch([160, 320], 0)
+    assert [args[-2:] for args in launched] == [(160, 320)]
+
+
 def test_launchers_that_give_something_else_each_time_are_called(kernel):
     x, out = random(8), random(8)
     noted = replay._Recorder([x])
