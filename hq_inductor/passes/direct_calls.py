@@ -26,7 +26,6 @@ from .config import current_config
 
 _IMPORTS = ("from hq_inductor.ops.registry import call_site, varying_call_site", "from hq_inductor.ops.replay import Slot")
 
-
 _enabled = False
 
 
@@ -99,11 +98,8 @@ def _direct_call(op: torch._ops.OpOverload, args: tuple, kwargs: dict):
         value = graph.current_node.meta.get("val")
         if not isinstance(value, torch.Tensor):
             return None
-        text, dtype, size = (
-            f"varying_call_site({op._opname!r}, {varying}, {arguments!r})",
-            value.dtype,
-            convert_shape_to_inductor(value.shape),
-        )
+        dtype, size = value.dtype, convert_shape_to_inductor(value.shape)
+        text = f"varying_call_site({op._opname!r}, {varying}, {arguments!r})"
     else:
         memory = memory_of(cuda_function(op), tuple(described), arguments)
         if memory is None:
@@ -112,7 +108,8 @@ def _direct_call(op: torch._ops.OpOverload, args: tuple, kwargs: dict):
             empty = lowerings[torch.ops.aten.empty_strided.default]
             scratch = empty([memory.scratch], [1], dtype=torch.uint8, device=device)
             realized.append(ir.ExternKernel.realize_input(scratch))
-        text, dtype, size = f"call_site({op._opname!r}, {memory.scratch}, {arguments!r})", memory.dtype, list(memory.shape)
+        dtype, size = memory.dtype, list(memory.shape)
+        text = f"call_site({op._opname!r}, {memory.scratch}, {arguments!r})"
     name = f"hyperquant_{op._opname}_{hashlib.sha256(repr((text, described)).encode()).hexdigest()[:8]}"
     layout, node = ir.FixedLayout(device, dtype, size), _direct_call_nodes()[bool(varying)]
     return ir.TensorBox.create(node(layout=layout, inputs=realized, python_kernel_name=name, site=f"{name} = {text}"))
