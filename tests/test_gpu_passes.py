@@ -138,7 +138,7 @@ def test_what_is_compiled_ahead_is_what_is_launched(batch, mma):
     assert compiled() == ready > before and hits and all(hits)
 
 
-@pytest.mark.parametrize("rows", [(1,), (40,), (300,), (5, 40, 200)], ids=str)
+@pytest.mark.parametrize("rows", [(1,), (40,), (300,), (5, 40, 200, 300)], ids=str)
 def test_generated_code_launches_by_itself(rows):
     """Every layer from the plan of its call site, where sizes vary from one of each size: bit for bit what dispatched calls give."""
     torch.use_deterministic_algorithms(False)
@@ -160,5 +160,9 @@ def test_generated_code_launches_by_itself(rows):
     sites = set(replay._sites) - before
     assert sites
     for site in sites:
-        plans = [site.plan] if isinstance(site, replay.CallSite) else list(site.plans.values())
-        assert len(plans) == len(rows) and all(isinstance(plan, replay.Plan) for plan in plans)
+        if isinstance(site, replay.CallSite):
+            assert isinstance(site.plan, replay.Plan)
+            continue
+        assert {shape[1] for shape, _ in site.plans} == set(rows)
+        # beyond the fused kernel's rows a residual is added by an operation of torch's: no plan then, but the same numbers
+        assert all(isinstance(plan, replay.Plan) for (shape, _), plan in site.plans.items() if shape[1] <= 256)

@@ -142,7 +142,7 @@ def memory_of(function: Callable, tensors: tuple[tuple, ...], arguments: list) -
             with Allocations() as noted:
                 out = function(*arguments)
             scratch = noted.scratch(out)
-            if scratch is not None and out.is_contiguous() and out.numel():
+            if scratch is not None and out.numel():
                 _memory[key] = Memory(tuple(out.shape), out.dtype, scratch)
     return _memory[key]
 

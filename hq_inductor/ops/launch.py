@@ -321,12 +321,9 @@ def deal_blocks(rows: Sequence[int], blocks: int, most: int) -> list[int]:
 
 
 def decode_launch_blocks(rows: int, tiles: int, num_warps: int, processors: int) -> int:
-    """Blocks whose warps the decoder's tiles of 16 rows are dealt to: two per multiprocessor, as for the linear kernel.
-
-    One by itself takes as long. But beside a rotation, which has some multiprocessors to itself, others would get two.
-    """
-    units = -(-rows // (WARP_ROWS * num_warps)) * tiles
-    return max(1, min(units, 2 * processors))
+    """Blocks whose warps the decoder's tiles of 16 rows are dealt to: 8 warps per multiprocessor keep the memory as busy as 16 do."""
+    units = -(-rows // WARP_ROWS) * tiles
+    return max(1, min(-(-units // num_warps), processors * (8 // num_warps)))
 
 
 def row_launch(batch: int, tiles: int, block: int, parts: int) -> RowLaunch | None:

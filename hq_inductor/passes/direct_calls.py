@@ -87,13 +87,14 @@ def _direct_call(op: torch._ops.OpOverload, args: tuple, kwargs: dict):
         return Slot(place)
 
     arguments = [slot(argument) for argument in arguments]
-    if not nodes or any(node.get_device() is None or not _lowers_on(node.get_device()) for node in nodes):
+    devices = {node.get_device() for node in nodes}
+    if len(devices) != 1 or None in devices or not _lowers_on(*devices):
         return None
     if not all(_is_constant(argument) for argument in arguments):
         return None
     realized = [ir.ExternKernel.realize_input(node) for node in nodes]
     described = [_described(node) for node in realized]
-    device, varying = realized[0].get_device(), [i for i, known in enumerate(described) if known is None]
+    (device,), varying = devices, [i for i, known in enumerate(described) if known is None]
     if varying:
         value = graph.current_node.meta.get("val")
         if not isinstance(value, torch.Tensor):

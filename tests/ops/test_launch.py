@@ -31,6 +31,7 @@ from hq_inductor.ops.launch import (
     LinearLaunch,
     RingLaunch,
     deal_blocks,
+    decode_launch_blocks,
     decode_warps,
     even_parts,
     fp8_launch,
@@ -114,6 +115,15 @@ def test_blocks_of_a_weight():
     assert dealt(14336, 4096) == dealt(28672, 8192) == (264, 128)
     # more strips than two blocks per multiprocessor can have
     assert dealt(128256, 4096) == (1056, 128)
+
+
+def test_warps_of_the_decoder():
+    """No block without work, and as many warps on each multiprocessor however many a block has."""
+    for num_warps in (4, 8):
+        for rows, tiles in ((1, 1), (130, 8), (4096, 8), (28672, 56)):
+            blocks, units = decode_launch_blocks(rows, tiles, num_warps, 132), -(-rows // 16) * tiles
+            assert 1 <= blocks <= -(-units // num_warps) and blocks * num_warps <= 8 * 132
+            assert blocks * num_warps == 8 * 132 or blocks * num_warps >= units
 
 
 def test_warps_have_tiles():

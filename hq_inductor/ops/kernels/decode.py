@@ -3,8 +3,8 @@
 Definition.  `out[n, k] = codes[n, k]` (int8), or `codes[n, k] * scale[n, t] * sqrt(3)^[a2 and k even] / row_scale[n]` in the dtype of
              `out`. `row_scale` brings the largest value that the row's tiles can hold to the largest that e4m3 can.
 Work.        A warp takes tiles of 16 rows as `hq_inductor.ops.kernels.linear` does, from the same buffers; with tables whose quotients
-             stand where codes have them. Units, tiles of all rows of a block's warps, are dealt to blocks in runs that go over the ends of
-             rows; where rows have scales, tiles of 16 rows to warps, for then each reads the headers of all tiles of its rows.
+             stand where codes have them. Tiles of strips of 16 rows are dealt to the warps of all blocks in runs that go over the ends of
+             rows: equal ones, of few strips, whose headers each warp reads for their scales.
              Codes become floats as the low bits of a float that is large enough to have no fraction, which is then subtracted: the
              converting instructions are a quarter as fast.
 """
@@ -247,10 +247,7 @@ def decode_kernel(
     NUM_WARPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program p: run p of the units, or if ROW_SCALE its warp w run p NUM_WARPS + w.
-
-    PDL: the kernel before is one that lets this one start when all before it is done.
-    """
+    """Program p, warp w: run p NUM_WARPS + w. PDL: the kernel before is one that lets this one start when all before it is done."""
     STREAM: tl.constexpr = WORDS - RAW
     END: tl.constexpr = 32 * STREAM
     GROUPS: tl.constexpr = TILE // 128
@@ -264,27 +261,13 @@ def decode_kernel(
     j = lane % 4
     r = lane // 4
     odd = lane % 2
-    if ROW_SCALE:
-        units = (N + 15) // 16 * tiles
-        runs = tl.num_programs(0) * NUM_WARPS
-        own = tl.program_id(0) * NUM_WARPS + own_warp(N, thread)
-        first = first_unit(own, units // runs, units % runs)
-        begin = 0
-        end = first_unit(own + 1, units // runs, units % runs) - first
-        last = rounds_of(end)
-        panel = first // tiles
-        t = first - panel * tiles
-        strip = panel
-    else:
-        panels = (N + 16 * NUM_WARPS - 1) // (16 * NUM_WARPS)
-        each = panels * tiles // tl.num_programs(0)
-        rest = panels * tiles % tl.num_programs(0)
-        begin = first_unit(tl.program_id(0), each, rest)
-        end = first_unit(tl.program_id(0) + 1, each, rest)
-        last = end
-        panel = begin // tiles
-        t = begin % tiles
-        strip = panel * NUM_WARPS + warp
+    units = (N + 15) // 16 * tiles
+    runs = tl.num_programs(0) * NUM_WARPS
+    own = tl.program_id(0) * NUM_WARPS + own_warp(N, thread)
+    begin = first_unit(own, units // runs, units % runs)
+    mine = first_unit(own + 1, units // runs, units % runs) - begin
+    strip = begin // tiles
+    t = begin - strip * tiles
     table_address = thread * 0
     buffers = thread * 0
     if not _INTERPRETED:
@@ -309,7 +292,7 @@ def decode_kernel(
     bits_v = bits_u
     divisor_u = tl.full([32 * NUM_WARPS], 1.0, tl.float32)
     divisor_v = divisor_u
-    for unit in range(begin, last):
+    for i in range(rounds_of(mine)):
         row_u = strip * 16 + r
         row_v = row_u + 8
         mask_u = row_u < N
@@ -318,30 +301,23 @@ def decode_kernel(
         if ROW_SCALE and _INTERPRETED:
             divisor_u, divisor_v = row_divisors(words_ptr, strip, r, j, N, tiles, WORDS, RAW, LARGEST)
         elif ROW_SCALE:
-            if (unit == begin) | (t == 0):
+            if (i == 0) | (t == 0):
                 divisor_u, divisor_v = row_divisors(words_ptr, strip, r, j, N, tiles, WORDS, RAW, LARGEST)
         if ROW_SCALE:
             # all warps that have tiles of a row write the same
             tl.store(row_scale_ptr + row_u, divisor_u, mask=mask_u & (j == 0))
             tl.store(row_scale_ptr + row_v, divisor_v, mask=mask_v & (j == 0))
         # what comes next: the same again after the last one
-        wraps = (t + 1 == tiles) & (unit + 1 < end)
-        stays = unit + 1 == end
-        if ROW_SCALE:
-            # under the interpreter a warp that is done waits for others
-            stays = unit + 1 >= end
-        next_t = tl.where(stays, t, tl.where(wraps, 0, t + 1))
-        next_panel = tl.where(wraps, panel + 1, panel)
-        next_strip = next_panel
-        if not ROW_SCALE:
-            next_strip = next_panel * NUM_WARPS + warp
+        wraps = (t + 1 == tiles) & (i + 1 < mine)
+        next_t = tl.where(i + 1 < mine, tl.where(wraps, 0, t + 1), t)
+        next_strip = tl.where(wraps, strip + 1, strip)
         tile_u = next_u
         tile_v = next_v
         next_u = words_ptr + tile_offset(next_strip, r, next_t, N, tiles, WORDS)
         next_v = words_ptr + tile_offset(next_strip, r + 8, next_t, N, tiles, WORDS)
         if ROW_BYTES > 0:
             wait_copies(lane)
-            turn = (unit - begin) & 1
+            turn = i & 1
             bits_u = (buffers + (turn * BUFFER + r * (ROW_BYTES + ROW_GAP))) * 8
             bits_v = bits_u + 8 * 8 * (ROW_BYTES + ROW_GAP)
             ahead = buffers + (BUFFER - turn * BUFFER)
@@ -433,7 +409,6 @@ def decode_kernel(
                     EXACT,
                 )
         t = next_t
-        panel = next_panel
         strip = next_strip
     if PDL:
         gdc_launch_dependents()

@@ -140,6 +140,17 @@ def test_linear(capability, lattice, bps, columns, registers, siblings, tmp_path
     assert used <= (registers or 128) and shared <= 49152 + 1024
 
 
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_linear_of_small_layers(capability, tmp_path):
+    """Blocks of fewer warps than others have, for layers of few tiles."""
+    launch = linear_launch(1, 256, 1, 132, 64, capability == 90)
+    assert launch.num_warps == 2
+    constants, _ = layout_constants("e8", 4.0)
+    constants |= {"COLUMNS": 8, "HAS_BIAS": False, "HAS_RESIDUAL": False, "SIBLINGS": 1, "NUM_WARPS": 2, "PDL": capability >= 90}
+    sass, used, shared = compile_ahead(linear_kernel, LINEAR, constants, capability, 2, tmp_path, maxnreg=launch.registers)
+    assert "LDL" not in sass and "STL" not in sass and used <= launch.registers and shared <= 49152 + 1024
+
+
 @pytest.mark.parametrize(
     ("lattice", "bps", "columns", "rows", "fp8"),
     [
