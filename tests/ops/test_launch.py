@@ -122,8 +122,8 @@ def test_warps_of_the_decoder():
     for num_warps in (4, 8):
         for rows, tiles in ((1, 1), (130, 8), (4096, 8), (28672, 56)):
             blocks, units = decode_launch_blocks(rows, tiles, num_warps, 132), -(-rows // 16) * tiles
-            assert 1 <= blocks <= -(-units // num_warps) and blocks * num_warps <= 8 * 132
-            assert blocks * num_warps == 8 * 132 or blocks * num_warps >= units
+            assert 1 <= blocks <= -(-units // num_warps) and blocks * num_warps <= 16 * 132
+            assert blocks * num_warps == 16 * 132 or blocks * num_warps >= units
 
 
 def test_warps_have_tiles():
