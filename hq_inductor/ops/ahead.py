@@ -108,8 +108,7 @@ def jobs_of(function: Callable, args: tuple, kwargs: Mapping) -> list[Job]:
         function: the op's CUDA function; its launches are `launch`.
         args, kwargs: what it is going to be called with: tensors of any kind, of which only shape, strides, dtype and device matter.
     """
-    _noted.jobs = []
-    with _left_to_the_launch(function.__name__), FakeTensorMode(), torch.no_grad():
+    with _fake_tensors(function.__name__):
         args, kwargs = tree_map(lambda arg: _fake(arg) if isinstance(arg, torch.Tensor) else arg, (args, dict(kwargs)))
         function(*args, **kwargs)
     return _noted.jobs
@@ -135,8 +134,7 @@ def memory_of(function: Callable, tensors: tuple[tuple, ...], arguments: list) -
     key = (function, tensors, repr(arguments))
     if key not in _memory:
         _memory[key] = None
-        with _left_to_the_launch(function.__name__), FakeTensorMode(), torch.no_grad():
-            _noted.jobs = []
+        with _fake_tensors(function.__name__):
             made = [torch.empty_strided(shape, strides, dtype=dtype, device=device) for shape, strides, dtype, device in tensors]
             arguments = filled(arguments, made)
             with Allocations() as noted:
@@ -148,6 +146,14 @@ def memory_of(function: Callable, tensors: tuple[tuple, ...], arguments: list) -
 
 
 _memory: dict[tuple, Memory | None] = {}
+
+
+@contextlib.contextmanager
+def _fake_tensors(name: str) -> Iterator[None]:
+    """Tensors made within are fake, and what is launched on them is noted anew."""
+    _noted.jobs = []
+    with _left_to_the_launch(name), FakeTensorMode(), torch.no_grad():
+        yield
 
 
 def _fake(tensor: torch.Tensor) -> torch.Tensor:
