@@ -321,12 +321,12 @@ def deal_blocks(rows: Sequence[int], blocks: int, most: int) -> list[int]:
 
 
 def decode_launch_blocks(rows: int, tiles: int, num_warps: int, processors: int) -> int:
-    """Blocks whose warps the decoder's tiles of 16 rows are dealt to: 16 warps for each multiprocessor, all that it holds.
+    """Blocks whose warps the decoder's tiles of 16 rows are dealt to: two for each multiprocessor, which holds as many by their registers.
 
-    Half as many would do alone. But where a rotation runs beside them, multiprocessors that it leaves first take two blocks, others none.
+    One of 8 warps would do alone. But where a rotation runs beside them, multiprocessors that it leaves first take two blocks, others none.
     """
     units = -(-rows // WARP_ROWS) * tiles
-    return max(1, min(-(-units // num_warps), processors * (16 // num_warps)))
+    return max(1, min(-(-units // num_warps), 2 * processors))
 
 
 def row_launch(batch: int, tiles: int, block: int, parts: int) -> RowLaunch | None:

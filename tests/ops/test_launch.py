@@ -118,12 +118,12 @@ def test_blocks_of_a_weight():
 
 
 def test_warps_of_the_decoder():
-    """No block without work, and as many warps on each multiprocessor however many a block has."""
+    """No block without work, and two on each multiprocessor however many warps a block has."""
     for num_warps in (4, 8):
         for rows, tiles in ((1, 1), (130, 8), (4096, 8), (28672, 56)):
             blocks, units = decode_launch_blocks(rows, tiles, num_warps, 132), -(-rows // 16) * tiles
-            assert 1 <= blocks <= -(-units // num_warps) and blocks * num_warps <= 16 * 132
-            assert blocks * num_warps == 16 * 132 or blocks * num_warps >= units
+            assert 1 <= blocks <= min(-(-units // num_warps), 2 * 132)
+            assert blocks == 2 * 132 or blocks * num_warps >= units
 
 
 def test_warps_have_tiles():
